@@ -41,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ---- Priors: (K,) tensors, all entries positive, sum 1 ---------------------------------------------------------
+# ---- Priors: (K,) tensors, all entries positive, sum 1 ---------------------------------------------------------------
 
 
 def uniform_prior(num_prototypes):
@@ -79,12 +79,17 @@ def check_prior(prior, num_prototypes):
         raise ValueError(f"prior must sum to 1, it sums to {prior.sum().item():g}")
 
 
-# ---- The loss --------------------------------------------------------------------------------------------------
+# ---- The loss --------------------------------------------------------------------------------------------------------
+
+
+def full_precision(x):
+    """x in float32, or float64 if it is: a loss in bfloat16 is too coarse."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def on_sphere(embeddings):
-    """Embeddings scaled to unit length, in float32 at least: a loss in bfloat16 is too coarse."""
-    return F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)
+    """Embeddings scaled to unit length, in full precision."""
+    return F.normalize(full_precision(embeddings), dim=-1)
 
 
 def log_predictions(embeddings, prototypes, temperature):
@@ -110,7 +115,8 @@ def sharpen(probabilities, sharpening, reference=None):
 def sinkhorn(probabilities, prior, iterations=3):
     """Scale (N, K) predictions until their mean is `prior` (K,), while every row sums to 1 (rows last: exactly).
 
-    With the uniform prior this is SwAV's and MSN's Sinkhorn; the column sums run over all ranks."""
+    With the uniform prior this is MSN's Sinkhorn, and SwAV's once it has converged. Column means run over all ranks,
+    which hold equally many rows."""
     q = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)
     for _ in range(iterations):
         q = q * (prior / mean_over_ranks(q.mean(dim=0)))
@@ -128,12 +134,14 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     reach `anchors` and `prototypes`, never `targets`.
 
     Returns (loss, terms); terms, detached: cross_entropy (of this rank), prior_kl, mean_prediction (K,), and
-    effective_prototypes = exp H(p_bar), between 1 and K. ValueError for wrong shapes or values; the prior's
-    values are checked where that does not stall an accelerator (CPU tensors): elsewhere a zero gives inf."""
+    effective_prototypes = exp H(p_bar), between 1 and K. All ranks hold equally many images. ValueError for a wrong
+    number of anchors, a prior that is none, or an option out of its range; the prior's values are checked where
+    that does not stall an accelerator (CPU tensors): elsewhere a zero gives inf."""
     if len(targets) == 0 or len(anchors) == 0 or len(anchors) % len(targets):
         raise ValueError(f"anchors must hold a whole number of views of the {len(targets)} targets, got {len(anchors)}")
-    if temperature <= 0 or weight < 0:
-        raise ValueError(f"temperature must be positive and weight not negative, got {temperature} and {weight}")
+    if not temperature > 0 or not weight >= 0 or sinkhorn_iterations < 0:
+        raise ValueError(f"temperature must be positive, weight and sinkhorn_iterations not negative, "
+                         f"got {temperature}, {weight} and {sinkhorn_iterations}")
     if prior.device.type == "cpu" or prior.shape != (len(prototypes),):
         check_prior(prior, len(prototypes))
 
@@ -182,7 +190,7 @@ def mean_over_ranks(x):
     return _MeanOverRanks.apply(x) if world_size() > 1 else x
 
 
-# ---- The same idea in three other losses (section 3): every one ends in a term that wants the batch spread evenly ---
+# ---- The same idea in three other losses (section 3): every one ends in a term that wants the batch spread evenly
 
 
 def simclr_loss(first, second, *, temperature=0.1):
@@ -200,16 +208,18 @@ def simclr_loss(first, second, *, temperature=0.1):
 
 
 def vicreg_loss(first, second, *, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg (Bardes et al., 2022), (B, d) twice -> (loss, terms). The arguments are the weights of the terms.
+    """VICReg (Bardes et al., 2022), (B, d) twice -> (loss, terms). The arguments weight the terms.
 
     terms: invariance, and the volume terms variance (hinge on each dimension's standard deviation) and covariance."""
-    spread, correlation = [], []
-    for z in (first, second):
-        z = z - z.mean(dim=0)
-        cov = z.T @ z / (len(z) - 1)  # (d, d)
-        spread.append(F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean())
-        correlation.append((cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1])
-    terms = {"invariance": F.mse_loss(first, second), "variance": sum(spread) / 2, "covariance": sum(correlation)}
+    with torch.autocast(first.device.type, enabled=False):
+        spread, correlation = [], []
+        for z in (full_precision(first), full_precision(second)):
+            z = z - z.mean(dim=0)
+            cov = z.T @ z / (len(z) - 1)  # (d, d)
+            spread.append(F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean())
+            correlation.append((cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1])
+        agreement = F.mse_loss(full_precision(first), full_precision(second))
+    terms = {"invariance": agreement, "variance": sum(spread) / 2, "covariance": sum(correlation)}
     loss = invariance * terms["invariance"] + variance * terms["variance"] + covariance * terms["covariance"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -229,7 +239,7 @@ def swav_loss(first, second, prototypes, *, temperature=0.1, epsilon=0.05, sinkh
     return loss, {"cross_entropy": loss.detach(), "mean_prediction": mean_prediction}
 
 
-# ---- Vision transformer (Dosovitskiy et al., 2021), parameters named as in timm and DeiT -------------------------
+# ---- Vision transformer (Dosovitskiy et al., 2021), parameters named as in timm and DeiT -----------------------------
 
 
 class Attention(nn.Module):
@@ -240,7 +250,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):  # (B, N, dim)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim/heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, dim/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -275,10 +285,11 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.Sequential(*[Block(embed_dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        for parameter in (self.cls_token, self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, images, patch_drop=0.0):
@@ -294,18 +305,18 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embed(images)  # (B, embed_dim, h, w)
         position = self.pos_embed[:, 1:]
         if tokens.shape[2:] != self.grid:
-            position = position.unflatten(1, self.grid).permute(0, 3, 1, 2).float()
+            position = full_precision(position).unflatten(1, self.grid).permute(0, 3, 1, 2)
             position = F.interpolate(position, size=tokens.shape[2:], mode="bicubic", antialias=True)
             position = position.flatten(2).transpose(1, 2)
         return tokens.flatten(2).transpose(1, 2) + position
 
 
 def drop_patches(tokens, patch_drop):
-    """Keep floor((1 - patch_drop) N) of each image's N tokens: (B, N, dim) -> (B, kept, dim), indices (B, kept)."""
+    """Keep floor((1 - patch_drop) N) of each image's N tokens, at least 1: (B, N, dim) -> (B, kept, dim), (B, kept)."""
     if not 0 <= patch_drop < 1:
         raise ValueError(f"patch_drop must lie in [0, 1), got {patch_drop}")
     batch, count, dim = tokens.shape
-    kept = max(1, int((1 - patch_drop) * count + 1e-6))  # 1e-6: (1 - .7) * 10 is 3, not 2.9999
+    kept = max(1, int((1 - patch_drop) * count + 1e-6))  # 1e-6: (1 - .9) * 20 is 2, not 1.9999
     indices = torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, :kept]
     return tokens.gather(1, indices[:, :, None].expand(-1, -1, dim)), indices
 
@@ -325,7 +336,7 @@ def vit_base(**options):
     return VisionTransformer(**{"embed_dim": 768, "num_heads": 12, **options})
 
 
-# ---- PMSN: two branches, one of them trained -----------------------------------------------------------------------
+# ---- PMSN: two branches, one of them trained -------------------------------------------------------------------------
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -334,7 +345,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
-        full = x if x.dtype == torch.float64 else x.float()
+        full = full_precision(x)
         mean = mean_over_ranks(full.mean(dim=0))
         variance = mean_over_ranks((full - mean).square().mean(dim=0))
         count = len(x) * world_size()
@@ -376,7 +387,7 @@ class PMSN(nn.Module):
         self.loss_options = loss_options
 
     def forward(self, views):
-        """views, as from `multi_crop`: [target view, masked anchors, unmasked anchors ...] -> pmsn_loss's (loss, terms).
+        """views, as from `multi_crop`: [target view, masked anchors, unmasked anchors ...] -> (loss, terms).
 
         Target view (B, C, H, W), anchors (M*B, C, H, W) in view-major order; each entry is one forward pass."""
         target_view, masked, *unmasked = views
@@ -394,7 +405,7 @@ class PMSN(nn.Module):
                 old.lerp_(new, 1 - momentum) if old.is_floating_point() else old.copy_(new)
 
 
-# ---- Views: the augmentations of MSN, batched on the images' device ---------------------------------------------------
+# ---- Views: the augmentations of MSN, batched on the images' device --------------------------------------------------
 
 
 def multi_crop(images, *, rand_views=1, focal_views=10, rand_size=224, focal_size=96, rand_scale=(0.3, 1.0),
@@ -406,8 +417,8 @@ def multi_crop(images, *, rand_views=1, focal_views=10, rand_size=224, focal_siz
     normalised by mean and std, view-major; without focal views the last is left out. Every view of every image
     draws its own crop, flip, colour jitter, greyscale and blur, distributed as torchvision's RandomResizedCrop,
     RandomHorizontalFlip, ColorJitter (one order of its four steps a view), RandomGrayscale and GaussianBlur."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(f"images must be (B, 3, H, W), uint8 or floats, got {tuple(images.shape)}, {images.dtype}")
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
 
@@ -473,7 +484,8 @@ def colour_jitter(images, strength, apply):
     """ColorJitter(.8 s, .8 s, .8 s, .2 s) for strength s in [0, 1], where `apply` (B, 1, 1, 1), in a random order."""
 
     def factor(reach, neutral):
-        draw = torch.empty_like(apply, dtype=images.dtype).uniform_(neutral - reach * strength, neutral + reach * strength)
+        reach = reach * strength
+        draw = torch.empty_like(apply, dtype=images.dtype).uniform_(neutral - reach, neutral + reach)
         return torch.where(apply, draw, neutral)
 
     def blend(x, y, f):
@@ -513,7 +525,7 @@ def gaussian_blur(images, sigma):
     return matrix(images.shape[2]) @ images @ matrix(images.shape[3]).transpose(2, 3)
 
 
-# ---- Samplers: which images exist, and which share a mini-batch -------------------------------------------------------
+# ---- Samplers: which images exist, and which share a mini-batch ------------------------------------------------------
 
 
 def long_tail_indices(labels, prior, *, num_images=None, seed=0):
@@ -521,17 +533,18 @@ def long_tail_indices(labels, prior, *, num_images=None, seed=0):
 
     Class c gets the share prior[c] (rounded down, at least one image) of num_images, by default of as many as the
     labels allow. ValueError if a class has too few images."""
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels).cpu()
     counts = torch.bincount(labels, minlength=len(prior))
     check_prior(prior, len(counts))
-    most = int((counts / prior.to(counts.device)).min() + 1e-6)
+    prior = prior.double().cpu()
+    most = int((counts / prior).min() * (1 + 1e-6))  # 1e-6: the prior is rounded, its classes are not
     num_images = most if num_images is None else num_images
     if not 0 < num_images <= most:
-        raise ValueError(f"num_images must lie in 1..{most}, the most that the labels and the prior allow, got {num_images}")
+        raise ValueError(f"num_images must lie in 1..{most}, what the labels and the prior allow, got {num_images}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    chosen = [order[labels[order] == c][: max(1, int(num_images * share + 1e-6))] for c, share in enumerate(prior.tolist())]
-    chosen = torch.cat(chosen)
+    wanted = [max(1, int(num_images * share * (1 + 1e-6))) for share in prior.tolist()]
+    chosen = torch.cat([order[labels[order] == c][:n] for c, n in enumerate(wanted)])
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
@@ -550,13 +563,15 @@ class ClassBatchSampler(torch.utils.data.Sampler):
     def __init__(self, labels, batch_size, classes_per_batch, *, rank=0, world_size=1, seed=0):
         labels = torch.as_tensor(labels)
         classes, counts = labels.unique(return_counts=True)
-        if not 1 <= classes_per_batch <= min(len(classes), batch_size):
-            raise ValueError(f"classes_per_batch must lie in 1..{min(len(classes), batch_size)}, got {classes_per_batch}")
+        most = min(len(classes), batch_size)
+        if not 1 <= classes_per_batch <= most:
+            raise ValueError(f"classes_per_batch must lie in 1..{most}, got {classes_per_batch}")
         if not batch_size <= len(labels) or batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} must be a multiple of world_size {world_size}, at most the "
                              f"{len(labels)} labels, and rank {rank} below world_size")
         self.stacks = [(labels == c).nonzero().flatten() for c in classes]
-        self.batch_size, self.classes_per_batch, self.num_batches = batch_size, classes_per_batch, len(labels) // batch_size
+        self.batch_size, self.num_batches = batch_size, len(labels) // batch_size
+        self.classes_per_batch = classes_per_batch
         self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, 0
 
         frequency = counts.double() / len(labels)
@@ -585,8 +600,9 @@ class ClassBatchSampler(torch.utils.data.Sampler):
             images = []
             while len(images) < count:
                 images += itertools.islice(dealt[c], count - len(images))
-                if len(images) < count:
-                    dealt[c] = iter(self.stacks[c][torch.randperm(len(self.stacks[c]), generator=generator)].tolist())
+                if len(images) < count:  # a fresh stack, what the batch holds already at its bottom
+                    fresh = self.stacks[c][torch.randperm(len(self.stacks[c]), generator=generator)].tolist()
+                    dealt[c] = iter(sorted(fresh, key=set(images).__contains__))
             return images
 
         batches_with = round_randomly(self.inclusion * self.num_batches, generator)  # of each class, still to come
@@ -612,7 +628,7 @@ def round_randomly(quotas, generator):
     return rounded
 
 
-# ---- Evaluation on frozen features, in blocks ---------------------------------------------------------------------------
+# ---- Evaluation on frozen features, in blocks ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -639,7 +655,7 @@ def neighbours(queries, bank, k, *, block=4096):
 
 @torch.no_grad()
 def knn_accuracy(train_features, train_labels, test_features, test_labels, *, k=20, temperature=0.07, block=4096):
-    """Share in [0, 1] of test images that a weighted k-NN classifies rightly (Wu et al., 2018): features (N, d), labels (N,).
+    """Accuracy in [0, 1] of a weighted k-NN classifier (Wu et al., 2018): features (N, d), labels (N,).
 
     The k nearest training images vote with weight exp(cosine / temperature)."""
     train_labels, test_labels = (torch.as_tensor(x, device=test_features.device) for x in (train_labels, test_labels))
