@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ import pmsn
 COLOURS = {"power_law": "#d1495b", "uniform": "#30638e"}  # the same in every figure
 NAMES = {"power_law": "power-law prior (PMSN)", "uniform": "uniform prior (MSN)"}
 SIZE, CORNER = 32, 16  # pixels: the image, the digit in its corner
+TERMS = ("cross_entropy", "prior_kl", "effective_prototypes")  # of pmsn_loss, as history and curves show them
 QUARTERS = [(0, 0), (0, 16), (16, 0), (16, 16)]  # top, left of what each start sees first
 
 
@@ -211,7 +213,7 @@ def background_view(backgrounds, zoom):
 
 
 class ConvEncoder(nn.Module):
-    """(B, 1, 32, 32) -> (B, 128). Three convolutions, flattened: at initialisation it sees digit and background alike."""
+    """(B, 1, 32, 32) -> (B, 128): three convolutions, flattened, so that place is not lost."""
 
     embed_dim = 128
 
@@ -235,7 +237,7 @@ def make_model(prior, args):
 
 
 def train(prior, data, test, args, seed, report):
-    """PMSN with K-means' remedy for local minima, several starts: returns the model, its history and the starts' losses.
+    """PMSN with several starts, K-means' remedy for local minima: returns model, history and the starts' losses.
 
     Every start sees one quarter of the images, the rest grey. The one whose loss is lowest goes on with whole images.
     Everything random follows `seed` alone, whatever the prior, and no label is looked at."""
@@ -280,9 +282,9 @@ def fit(model, data, test, args, quarter, whole, history, report):
             nn.utils.clip_grad_norm_(model.parameters(), 3.0)
             optimizer.step()
             model.update_target(0.99 if whole else 0.9 + 0.09 * min(1, 1.5 * done))
-            sums += torch.stack([loss.detach(), terms["cross_entropy"], terms["prior_kl"], terms["effective_prototypes"]])
+            sums += torch.stack([loss.detach(), *(terms[name] for name in TERMS)]) / steps_an_epoch
         features = embed(model, test["images"][:1000] * seen)["encoder"]
-        measures = dict(zip(("loss", "cross_entropy", "prior_kl", "effective_prototypes"), (sums / steps_an_epoch).tolist()))
+        measures = dict(zip(("loss", *TERMS), sums.tolist()))
         measures["digit_agreement"] = agreement(features, test["digits"][:1000])
         measures["background_agreement"] = agreement(features, test["kinds"][:1000])
         history.append(measures)
@@ -323,37 +325,6 @@ def linear_accuracy(features, labels, test_features, test_labels):
 
 def summarise(runs):
     """Mean and standard deviation over seeds of every measure, for each prior."""
-    measures = ("digit_agreement", "background_agreement", "digit_linear_accuracy", "prior_kl", "seconds")
-    summary = {}
-    for prior in ("power_law", "uniform"):
-        values = {m: torch.tensor([run[m] for run in runs if run["prior"] == prior]).double() for m in measures}
-        summary[prior] = {m: {"mean": v.mean().item(), "std": v.std(correction=min(1, len(v) - 1)).item(), "n": len(v)}
-                          for m, v in values.items()}
-    return summary
-
-
-# ---- Figures: the first seed in neighbours.png and prototypes.png, every seed in training.png --------------------------
-
-
-def save(figure, path):
-    """Write a PNG whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)
-    os.replace(temporary, path)
-
-
-def show(axes, image, frame=None):
-    axes.imshow(image.squeeze().cpu(), cmap="gray", vmin=-1, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=frame is not None, color=frame, linewidth=2.5)
-
-
-
-
-def summarise(runs):
-    """Mean and standard deviation over seeds of every measure, for each prior."""
     summary = {}
     for prior in NAMES:
         mine = [run for run in runs if run["prior"] == prior]
@@ -383,13 +354,14 @@ def show(axes, image, frame="none"):
         spine.set(color=frame, linewidth=3)
 
 
-def plot_neighbours(features, test, summary, seed, path, count=8):
+def plot_neighbours(shown, summary, seed, path, count=8):
     """Fig. 3: a reference image of every digit, then its nearest neighbours, one block a prior."""
-    figure = plt.figure(figsize=(13, 8.4))
+    test, figure = shown["test"], plt.figure(figsize=(13, 8.4))
     blocks = figure.add_gridspec(1, 2, left=0.01, right=0.99, top=0.84, bottom=0.02, wspace=0.06)
     rows = [int((test["digits"] == digit).nonzero()[0]) for digit in range(10)]
     for block, prior in zip(blocks, NAMES):
-        _, nearest = pmsn.neighbours(features[prior][rows], features[prior], count + 1)
+        features = shown[prior]["encoder"]
+        _, nearest = pmsn.neighbours(features[rows], features, count + 1)
         grid = block.subgridspec(10, count + 1, width_ratios=[1.25] + [1] * count, hspace=0.06, wspace=0.06)
         for row, (reference, found) in enumerate(zip(rows, nearest[:, 1:].tolist())):
             show(figure.add_subplot(grid[row, 0]), test["images"][reference], "black")
@@ -409,22 +381,22 @@ def plot_neighbours(features, test, summary, seed, path, count=8):
     save(figure, path)
 
 
-def plot_prototypes(assignments, usage, priors, test, path, count=5):
+def plot_prototypes(shown, path, count=5):
     """Usage of the prototypes against their prior, and the held-out images that each prototype claims most surely."""
-    figure = plt.figure(figsize=(13, 6.6))
-    blocks = figure.add_gridspec(1, 2, left=0.05, right=0.99, top=0.86, bottom=0.02, wspace=0.1)
+    test, figure = shown["test"], plt.figure(figsize=(13, 6.6))
+    blocks = figure.add_gridspec(1, 2, left=0.05, right=0.99, top=0.86, bottom=0.02, wspace=0.13)
     for block, prior in zip(blocks, NAMES):
-        p, shares = assignments[prior], usage[prior].cpu()
-        shown = min(10, len(shares))
+        assignment, usage = shown[prior]["assignment"], shown[prior]["usage"].cpu()
+        number = min(10, len(usage))
         grid = block.subgridspec(2, 1, height_ratios=[1, 1.9], hspace=0.12)
         axes = figure.add_subplot(grid[0])
-        axes.bar(range(shown), shares[:shown], color=COLOURS[prior], alpha=0.75, label="usage (mean prediction)")
-        axes.plot(range(shown), priors[prior][:shown].cpu(), "k_", markersize=22, markeredgewidth=2, label="prior")
-        axes.set(title=NAMES[prior], xticks=[], xlim=(-0.5, shown - 0.5), ylabel="share of images")
+        axes.bar(range(number), usage[:number], color=COLOURS[prior], alpha=0.75, label="usage (mean prediction)")
+        axes.plot(range(number), shown[prior]["prior"][:number], "k_", markersize=22, markeredgewidth=2, label="prior")
+        axes.set(title=NAMES[prior], xticks=[], xlim=(-0.5, number - 0.5), ylabel="share of images")
         axes.legend(frameon=False, loc="upper right")
-        pictures = grid[1].subgridspec(count, shown, hspace=0.06, wspace=0.06)
-        for k in range(shown):
-            for row, image in enumerate(p[:, k].topk(count).indices.tolist()):
+        pictures = grid[1].subgridspec(count, number, hspace=0.06, wspace=0.06)
+        for k in range(number):
+            for row, image in enumerate(assignment[:, k].topk(count).indices.tolist()):
                 show(figure.add_subplot(pictures[row, k]), test["images"][image])
     figure.suptitle("What each prototype stands for: prototypes follow the prior; below, the images nearest to each",
                     fontsize=14)
@@ -488,7 +460,8 @@ def check(args):
                             ("deform", 0, 1), ("weight", 0, None), ("lr", 0, None), ("scenes", 1, None)):
         value = getattr(args, name)
         if value is not None and not (low <= value and (high is None or value <= high)):
-            raise UserError(f"--{name} must be {'at least ' + str(low) if high is None else f'in {low}..{high}'}, got {value}")
+            allowed = f"at least {low}" if high is None else f"in {low}..{high}"
+            raise UserError(f"--{name} must be {allowed}, got {value}")
     if args.images < 500:
         raise UserError(f"--images must be at least 500, got {args.images}")
     if args.batch_size > args.images:
@@ -501,78 +474,81 @@ def check(args):
             pmsn.check_prior(matched, args.prototypes)
     except ValueError as error:
         raise UserError(str(error)) from None
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     return digits, {"power_law": matched, "uniform": pmsn.uniform_prior(args.prototypes)}
+
+
+class Progress:
+    """Prints a line an epoch, with the time left for all that is still to come."""
+
+    def __init__(self, epochs_in_all):
+        self.began = self.last = time.time()
+        self.finished, self.epochs_in_all = 0, epochs_in_all
+        print(f"{'seed':>4} {'prior':<9} {'start':>5} {'epoch':>5} {'loss':>7} {'CE':>7} {'KL':>7} {'eff.':>5} "
+              f"{'digit':>6} {'backgr.':>7} {'images/s':>8} {'left':>6}")
+
+    def __call__(self, seed, prior, images, start, history):
+        self.finished, now, row = self.finished + 1, time.time(), history[-1]
+        left = (now - self.began) / self.finished * (self.epochs_in_all - self.finished)
+        print(f"{seed:>4} {prior:<9} {start:>5} {len(history):>5} {row['loss']:>7.3f} {row['cross_entropy']:>7.3f} "
+              f"{row['prior_kl']:>7.3f} {row['effective_prototypes']:>5.1f} {row['digit_agreement']:>6.2f} "
+              f"{row['background_agreement']:>7.2f} {images / (now - self.last):>8.0f} "
+              f"{left // 60:>3.0f}:{left % 60:02.0f}", flush=True)
+        self.last = now
+
+
+def experiment(args, seed, digit_prior, priors, device, progress):
+    """Both priors on the same data: their results, and what the figures show of them."""
+    data = CornerImages(args, digit_prior, args.images, True, seed, device)
+    held_out = CornerImages(args, pmsn.uniform_prior(10), 1000 if args.quick else 4000, False, seed + 1000, device)
+    torch.manual_seed(seed)
+    images = {"images": held_out.view(torch.arange(len(held_out), device=device)),
+              "digits": held_out.digit_labels, "kinds": held_out.kinds}
+    half = len(held_out) // 2  # one half trains the linear probe, the other measures everything
+    fitted, test = {k: v[:half] for k, v in images.items()}, {k: v[half:] for k, v in images.items()}
+    runs, shown = [], {"test": test}
+    for name, prior in priors.items():
+        began = time.time()
+        model, history, losses = train(prior, data, test, args, seed, partial(progress, seed, name, len(data)))
+        spaces = embed(model, test["images"])
+        by_space = {space: {"digit": agreement(x, test["digits"]), "background": agreement(x, test["kinds"])}
+                    for space, x in spaces.items()}
+        probe = linear_accuracy(embed(model, fitted["images"])["encoder"], fitted["digits"],
+                                spaces["encoder"], test["digits"])
+        runs.append({"prior": name, "seed": seed, "digit_agreement": by_space["encoder"]["digit"],
+                     "background_agreement": by_space["encoder"]["background"], "digit_linear_accuracy": probe,
+                     "prior_kl": history[-1]["prior_kl"], "seconds": time.time() - began,
+                     "agreement": by_space, "start_losses": losses, "history": history})
+        like_training = data.view(torch.arange(min(2000, len(data)), device=device))
+        shown[name] = {**spaces, "prior": prior, "usage": embed(model, like_training)["assignment"].mean(dim=0)}
+    return runs, shown
 
 
 def main(argv=None):
     args = parse(argv)
     digit_prior, priors = check(args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".write").touch()
-        (args.out / ".write").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     config = {**vars(args), "out": str(args.out), "device": device, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "python": platform.python_version()}
     print(f"digits {args.digits}, backgrounds {args.backgrounds}, K {args.prototypes}, exponent {args.exponent:g}, "
           f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    progress = Progress(len(args.seeds) * len(priors) * (args.starts + 1) * args.epochs)
+    results = [experiment(args, seed, digit_prior, priors, device, progress) for seed in args.seeds]
+    runs = [run for of_seed, _ in results for run in of_seed]
+    summary, shown = summarise(runs), results[0][1]
 
-    runs, began, finished = [], time.time(), 0
-    epochs_in_all = len(args.seeds) * 2 * (args.starts + 1) * args.epochs
-    print(f"{'seed':>4} {'prior':<9} {'start':>5} {'epoch':>5} {'loss':>7} {'CE':>7} {'KL':>7} {'eff.':>5} {'digit':>6} "
-          f"{'backgr.':>7} {'images/s':>8} {'left':>6}")
-    for seed in args.seeds:
-        data = CornerImages(args, digit_prior, args.images, True, seed, device)
-        held_out = CornerImages(args, pmsn.uniform_prior(10), 1000 if args.quick else 4000, False, seed + 1000, device)
-        torch.manual_seed(seed)
-        test = {"images": held_out.view(torch.arange(len(held_out), device=device)),
-                "digits": held_out.digit_labels, "kinds": held_out.kinds}
-        half = len(held_out) // 2  # first half: linear probe's training images; second half: everything else
-        fitted, test = {k: v[:half] for k, v in test.items()}, {k: v[half:] for k, v in test.items()}
-        assignments, usage, features = {}, {}, {}
-        for name, prior in priors.items():
-            started = epoch_began = time.time()
-
-            def report(start, history):
-                nonlocal finished, epoch_began
-                now, last = time.time(), history[-1]
-                finished += 1
-                left = (now - began) / finished * (epochs_in_all - finished)
-                speed = len(data) // args.batch_size * args.batch_size / (now - epoch_began)
-                epoch_began = now
-                print(f"{seed:>4} {name:<9} {start:>5} {len(history):>5} {last['loss']:>7.3f} {last['cross_entropy']:>7.3f} "
-                      f"{last['prior_kl']:>7.3f} {last['effective_prototypes']:>5.1f} {last['digit_agreement']:>6.2f} "
-                      f"{last['background_agreement']:>7.2f} {speed:>8.0f} {left // 60:>3.0f}:{left % 60:02.0f}", flush=True)
-
-            model, history, losses = train(prior, data, test, args, seed, report)
-            spaces = embed(model, test["images"])
-            probe = linear_accuracy(embed(model, fitted["images"])["encoder"], fitted["digits"],
-                                    spaces["encoder"], test["digits"])
-            measured = {space: {"digit": agreement(x, test["digits"]), "background": agreement(x, test["kinds"])}
-                        for space, x in spaces.items()}
-            runs.append({"prior": name, "seed": seed, "digit_agreement": measured["encoder"]["digit"],
-                         "background_agreement": measured["encoder"]["background"], "digit_linear_accuracy": probe,
-                         "prior_kl": history[-1]["prior_kl"], "seconds": time.time() - started,
-                         "start_losses": losses, "agreement": measured, "history": history})
-            if seed == args.seeds[0]:
-                features[name], assignments[name] = spaces["encoder"], spaces["assignment"]
-                like_training = data.view(torch.arange(min(2000, len(data)), device=device))
-                usage[name] = embed(model, like_training)["assignment"].mean(dim=0)
-        if seed == args.seeds[0]:
-            first = features, assignments, usage, test
-
-    summary = summarise(runs)
-    results = args.out / "results.json.tmp"
-    results.write_text(json.dumps({"config": config, "runs": runs, "summary": summary}, indent=1))
-    os.replace(results, args.out / "results.json")
-    features, assignments, usage, test = first
-    plot_neighbours(features, test, summary, args.seeds[0], args.out / "neighbours.png")
-    plot_prototypes(assignments, usage, priors, test, args.out / "prototypes.png")
+    temporary = args.out / "results.json.tmp"
+    temporary.write_text(json.dumps({"config": config, "runs": runs, "summary": summary}, indent=1))
+    os.replace(temporary, args.out / "results.json")
+    plot_neighbours(shown, summary, args.seeds[0], args.out / "neighbours.png")
+    plot_prototypes(shown, args.out / "prototypes.png")
     plot_training(runs, args.out / "training.png")
     print_results(runs, summary)
-    print(f"{args.out}: results.json neighbours.png prototypes.png training.png")
+    print(f"\n{args.out}: results.json neighbours.png prototypes.png training.png")
 
 
 def print_results(runs, summary):
