@@ -3,16 +3,18 @@
 Images with a digit in the top-left corner over a background. The digits are long-tailed, the ten kinds of background
 balanced, so that the images can be grouped in two ways. PMSN is trained twice, from the same weights, on the same
 batches, with the same hyper-parameters. With a power-law prior that matches the digits it encodes the digit; with
-the uniform prior (= MSN) it encodes the background and the digit is lost. Labels choose which images exist and
-measure the results; training never sees them.
+the uniform prior (= MSN) it encodes the background. Labels choose which images exist and measure the results;
+training never sees them.
 
     python mnist_corner.py                                        # embedded data, no download
     python mnist_corner.py --quick                                # the same path end to end in under a minute
     python mnist_corner.py --digits MNIST --backgrounds CIFAR10   # the paper's setting; downloads to --root
     python mnist_corner.py --digits MNIST --backgrounds FOLDER    # a folder of images for each kind of background
 
-The loss has local minima, like that of K-means, and the remedy is that of K-means: several starts, of which the one
-with the lowest loss goes on. Each start sees one quarter of the images; then the rest fades in (see `train`).
+The loss has local minima, like that of K-means, and the remedy is that of K-means: several starts, of which each
+prior goes on with the one whose loss is lowest. Each start sees one quarter of the images, the first that with the
+digit; then the rest fades in (see `train`). `--starts 0` does without. Sharpening is relative to the prior, targets
+are projected onto it by Sinkhorn, and KL has the weight 3, for both priors; the paper's plain loss has none of these.
 
 Writes results.json, neighbours.png, prototypes.png and training.png to --out.
 """
@@ -95,8 +97,8 @@ def load_digits(name, root, train):
 def load_backgrounds(name, root, train, scenes):
     """Background images (N, 1, h, w), their kinds (N,), and the share of their side that a view shows (low, high).
 
-    `scenes` is the number of images of each kind, None for all. Of a folder every fifth image is held out for test,
-    unless `scenes` limits the backgrounds: then training and test show the same ones, in fresh views."""
+    `scenes` is the number of images of each kind, None for all. Every fifth image of a folder's kind is held out,
+    unless `scenes` limits the backgrounds: then training and test show the same ones in fresh views."""
     if name == "drawn":
         return *drawn_backgrounds(), (0.475, 0.525)
     if name in ("CIFAR10", "CIFAR100"):
@@ -109,7 +111,10 @@ def load_backgrounds(name, root, train, scenes):
     if scenes is not None:
         keep = torch.cat([(kinds == kind).nonzero().flatten()[:scenes] for kind in kinds.unique()])
     elif name not in ("CIFAR10", "CIFAR100"):
-        keep = keep[(keep % 5 != 0) if train else (keep % 5 == 0)]
+        place = torch.cat([torch.arange(n) for n in torch.bincount(kinds).tolist()])  # of an image within its kind
+        keep = keep[(place % 5 != 0) if train else (place % 5 == 0)]
+        if len(kinds[keep].unique()) < len(kinds.unique()):
+            raise UserError(f"--backgrounds {name} has a kind of one image, which cannot be held out; use --scenes 1")
     images, kinds = images[keep], kinds[keep]
     deviation, mean = torch.std_mean(images, dim=(2, 3), keepdim=True)
     return 0.5 + 0.35 * (images - mean) / deviation.clamp_min(1), kinds, (0.7, 1.0)  # .35: as the gratings
@@ -130,7 +135,7 @@ def load_folder(folder):
     for path, _ in data.samples:
         try:
             images.append(shape(data.loader(path)))
-        except OSError as error:
+        except (OSError, SyntaxError) as error:  # PIL raises both
             raise UserError(f"cannot read the image {path}: {error}; remove or replace it") from None
     return torch.stack(images).float(), torch.tensor(data.targets)
 
@@ -139,7 +144,8 @@ def download(dataset, name, root, train):
     try:
         return dataset(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} is not in {root} and could not be downloaded ({str(error).splitlines()[0]}); "
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} is not in {root} and could not be downloaded ({reason}); "
                         "--digits drawn --backgrounds drawn need no download") from None
 
 
@@ -159,9 +165,12 @@ class CornerImages:
         digit = draw(digit_labels, digit_prior, count, seed)
         background = draw(kinds, pmsn.uniform_prior(int(kinds.max()) + 1), count, seed + 1)
         count = min(len(digit), len(background))
+        if train and count < args.batch_size:
+            raise UserError(f"--batch_size {args.batch_size} is larger than the data set of {count} images")
         digit, background = digit[:count], background[:count]
         self.digit_labels, self.kinds = digit_labels[digit].to(device), kinds[background].to(device)
-        self.digits, self.backgrounds = digits.to(device), backgrounds.to(device)
+        self.digits = F.interpolate(digits, size=20, mode="bilinear", antialias=True).to(device)
+        self.backgrounds = backgrounds.to(device)
         self.digit, self.background = digit.to(device), background.to(device)
         self.contrast, self.deform = args.contrast, args.deform
 
@@ -192,7 +201,6 @@ def digit_view(digits, reach):
     matrix = torch.cat([matrix, uniform(digits, reach * 0.2, 2, 1)], dim=2)
     grid = F.affine_grid(matrix, (len(digits), 1, CORNER, CORNER), align_corners=False)
     bend = F.interpolate(uniform(digits, reach * 0.12, 2, 4, 4), size=CORNER, mode="bicubic", align_corners=True)
-    digits = F.interpolate(digits, size=20, mode="bilinear", antialias=True)
     digits = F.grid_sample(digits, grid + bend.permute(0, 2, 3, 1), align_corners=False)
     ink = (digits + F.avg_pool2d(digits, 3, stride=1, padding=1)) / 2
     return torch.sigmoid(12 * (ink - 0.4 - uniform(digits, reach * 0.2, 1, 1, 1)))
@@ -240,9 +248,11 @@ def train(prior, data, test, args, seed, report):
     """PMSN with several starts, K-means' remedy for local minima: returns model, history and the starts' losses.
 
     Every start sees one quarter of the images, the rest grey. The one whose loss is lowest goes on with whole images.
-    Everything random follows `seed` alone, whatever the prior, and no label is looked at."""
+    With --starts 0 there is one start, on whole images. Everything random follows `seed` alone, whatever the prior,
+    and no label is looked at."""
+    quarters = QUARTERS[: args.starts] or [None]
     starts = []
-    for number, quarter in enumerate(QUARTERS[: args.starts], 1):
+    for number, quarter in enumerate(quarters, 1):
         torch.manual_seed(seed)
         model = make_model(prior, args).to(data.digits.device)
         history = fit(model, data, test, args, quarter, False, [], partial(report, number))
@@ -251,19 +261,20 @@ def train(prior, data, test, args, seed, report):
     best = losses.index(min(losses))
     model, history = starts[best]
     torch.manual_seed(seed + 1)
-    return model, fit(model, data, test, args, QUARTERS[best], True, history, partial(report, "best")), losses
+    return model, fit(model, data, test, args, quarters[best], True, history, partial(report, "best")), losses
 
 
 def fit(model, data, test, args, quarter, whole, history, report):
-    """Train for args.epochs on one quarter (top, left) of the images; if `whole`, the rest fades in.
+    """Train for args.epochs on one quarter (top, left) of the images, None for all; if `whole`, the rest fades in.
 
     On a quarter: learning rate from args.lr to a tenth of it, sharpening from .6 to .25, target momentum from .9
     to .99. On whole images, which fade in over the first third: a quarter of that learning rate, .25 and .99.
     Returns `history` with one dictionary an epoch added."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.05)
     visible = torch.zeros(1, 1, SIZE, SIZE, device=data.digits.device)
-    top, left = quarter
-    visible[:, :, top : top + SIZE // 2, left : left + SIZE // 2] = 1
+    top, left = quarter or (0, 0)
+    extent = SIZE if quarter is None else SIZE // 2
+    visible[:, :, top : top + extent, left : left + extent] = 1
     steps_an_epoch = len(data) // args.batch_size
     for epoch in range(args.epochs):
         order = torch.randperm(len(data)).to(visible.device)
@@ -309,18 +320,18 @@ def embed(model, images):
 def agreement(features, labels, k=10):
     """Share of the k nearest neighbours, oneself left out, that have the same label."""
     _, nearest = pmsn.neighbours(features, features, k + 1)
-    return (labels[nearest[:, 1:]] == labels[:, None]).double().mean().item()
+    return (labels[nearest[:, 1:]] == labels[:, None]).float().mean().item()
 
 
 def linear_accuracy(features, labels, test_features, test_labels):
     """Test accuracy of a ridge regression onto one-hot labels."""
     def design(x):
         x = (x - features.mean(dim=0)) / (features.std(dim=0) + 1e-6)
-        return F.pad(x, (0, 1), value=1.0).double().cpu()
+        return F.pad(x, (0, 1), value=1.0).cpu().double()
 
     x, y = design(features), F.one_hot(labels.cpu()).double()
     weights = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
-    return ((design(test_features) @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()
+    return ((design(test_features) @ weights).argmax(dim=1) == test_labels.cpu()).float().mean().item()
 
 
 def summarise(runs):
@@ -339,12 +350,21 @@ def summarise(runs):
 # ---- Figures ------------------------------------------------------------------------------------------------------
 
 
-def save(figure, path):
-    """Write a PNG whole or not at all."""
+def write_whole(path, write):
+    """Call write(temporary path) and move the result to `path`, so that `path` is never half-written."""
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(figure, path):
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def show(axes, image, frame="none"):
@@ -371,12 +391,15 @@ def plot_neighbours(shown, summary, seed, path, count=8):
         box, mean = block.get_position(figure), {m: v["mean"] for m, v in summary[prior].items() if m != "n"}
         figure.text((box.x0 + box.x1) / 2, 0.855, f"{NAMES[prior]}\nsame digit {mean['digit_agreement']:.2f}, same "
                     f"background {mean['background_agreement']:.2f}", ha="center", color=COLOURS[prior], fontsize=13)
-    digits = {p: summary[p]["digit_agreement"]["mean"] for p in NAMES}
-    verdict = ("Neighbours share the digit under the power-law prior, the background under the uniform prior"
-               if digits["power_law"] > digits["uniform"] + 0.1 else "Neighbours under the two priors")
+    wins = {p: "digit" if summary[p]["digit_agreement"]["mean"] > summary[p]["background_agreement"]["mean"]
+            else "background" for p in NAMES}
+    verdict = (f"Neighbours share the {wins['power_law']} under the power-law prior, the {wins['uniform']} under the "
+               "uniform prior" if wins["power_law"] != wins["uniform"] else
+               f"Neighbours share the {wins['uniform']} under both priors")
     figure.suptitle(verdict, fontsize=15, y=0.985)
     figure.text(0.5, 0.93, f"left of each block: the reference image (seed {seed}); green frame: same digit; numbers: "
-                f"share of the 10 nearest neighbours, chance .10, mean over {summary['uniform']['n']} seed(s)",
+                f"share of the 10 nearest neighbours, mean over {summary['uniform']['n']} seed(s), chance "
+                f"{1 / len(test['digits'].unique()):.2g} and {1 / len(test['kinds'].unique()):.2g}",
                 ha="center", fontsize=10, color="0.35")
     save(figure, path)
 
@@ -398,26 +421,27 @@ def plot_prototypes(shown, path, count=5):
         for k in range(number):
             for row, image in enumerate(assignment[:, k].topk(count).indices.tolist()):
                 show(figure.add_subplot(pictures[row, k]), test["images"][image])
-    figure.suptitle("What each prototype stands for: prototypes follow the prior; below, the images nearest to each",
+    figure.suptitle("What each prototype stands for: its share of the images, and the images nearest to it",
                     fontsize=14)
     save(figure, path)
 
 
 def plot_training(runs, path):
     """Curves of every run: the chosen start, then whole images."""
+    titles = {"cross_entropy": "cross-entropy (nats)", "prior_kl": "KL(mean prediction || prior) (nats)",
+              "effective_prototypes": "effective prototypes", "digit_agreement": "neighbours with the same digit"}
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    for run in runs:
-        epochs = range(1, len(run["history"]) + 1)
-        for ax, key in zip(axes, ("cross_entropy", "prior_kl", "effective_prototypes", "digit_agreement")):
+    for ax, (key, title) in zip(axes, titles.items()):
+        for run in runs:
             first = run["seed"] == runs[0]["seed"]
-            ax.plot(epochs, [h[key] for h in run["history"]], color=COLOURS[run["prior"]], alpha=0.8,
-                    label=NAMES[run["prior"]] if first else None)
-            ax.set(xlabel="epoch", title=key.replace("_", " ") + (" (nats)" if "_" in key and key[-1] in "yl" else ""))
-    for ax in axes:
+            ax.plot(range(1, len(run["history"]) + 1), [h[key] for h in run["history"]], color=COLOURS[run["prior"]],
+                    alpha=0.8, label=NAMES[run["prior"]] if first else None)
         ax.axvline(len(runs[0]["history"]) / 2 + 0.5, color="0.7", linestyle=":", linewidth=1)
+        ax.set(xlabel="epoch", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=9)
-    axes[3].set(ylim=(0, 1), title="neighbours with the same digit")
-    figure.suptitle("Training of the chosen start, one line a seed; right of the dotted line on whole images")
+    axes[3].set(ylim=(0, 1))
+    figure.suptitle("The start with the lowest loss, one line a seed; right of the dotted line: whole images")
     save(figure, path)
 
 
@@ -442,13 +466,15 @@ def parse(argv):
     add("--deform", type=float, default=0.35, help="reach of the digits' shape changes, 0..1 (default: .35)")
     add("--images", type=int, default=17000, help="training images (default: 17000)")
     add("--epochs", type=int, default=7, help="of each start, and then of the best one (default: 7)")
-    add("--starts", type=int, default=4, help="starts, 1..4, each on another quarter of the images (default: 4)")
+    add("--starts", type=int, default=4, help="starts, each on another quarter of the images (default: 4); 0: one "
+        "start, on whole images")
     add("--batch_size", type=int, default=256, help="default: 256")
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: .002)")
     add("--quick", action="store_true", help="the same path in under a minute: fewer images, 2 epochs, 2 starts")
     args = parser.parse_args(argv)
     if args.quick:
-        args.images, args.epochs, args.starts, args.seeds = min(args.images, 3000), 2, 2, args.seeds[:1]
+        args.images, args.epochs, args.starts = min(args.images, 3000), 2, min(args.starts, 2)
+        args.seeds = args.seeds[:1]
     return args
 
 
@@ -456,7 +482,7 @@ def check(args):
     """UserError for what is wrong with the arguments; returns the priors of digits and prototypes."""
     if args.digits not in ("drawn", "MNIST", "FashionMNIST", "KMNIST"):
         raise UserError(f"--digits {args.digits}: choose drawn, MNIST, FashionMNIST or KMNIST")
-    for name, low, high in (("starts", 1, 4), ("epochs", 1, None), ("batch_size", 2, None), ("contrast", 0, 1),
+    for name, low, high in (("starts", 0, 4), ("epochs", 1, None), ("batch_size", 2, None), ("contrast", 0, 1),
                             ("deform", 0, 1), ("weight", 0, None), ("lr", 0, None), ("scenes", 1, None)):
         value = getattr(args, name)
         if value is not None and not (low <= value and (high is None or value <= high)):
@@ -493,11 +519,11 @@ class Progress:
 
     def __call__(self, seed, prior, images, start, history):
         self.finished, now, row = self.finished + 1, time.time(), history[-1]
-        left = (now - self.began) / self.finished * (self.epochs_in_all - self.finished)
+        left = round((now - self.began) / self.finished * (self.epochs_in_all - self.finished))
         print(f"{seed:>4} {prior:<9} {start:>5} {len(history):>5} {row['loss']:>7.3f} {row['cross_entropy']:>7.3f} "
               f"{row['prior_kl']:>7.3f} {row['effective_prototypes']:>5.1f} {row['digit_agreement']:>6.2f} "
               f"{row['background_agreement']:>7.2f} {images / (now - self.last):>8.0f} "
-              f"{left // 60:>3.0f}:{left % 60:02.0f}", flush=True)
+              f"{left // 60:>3}:{left % 60:02}", flush=True)
         self.last = now
 
 
@@ -536,14 +562,14 @@ def main(argv=None):
               "torch": torch.__version__, "python": platform.python_version()}
     print(f"digits {args.digits}, backgrounds {args.backgrounds}, K {args.prototypes}, exponent {args.exponent:g}, "
           f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    progress = Progress(len(args.seeds) * len(priors) * (args.starts + 1) * args.epochs)
-    results = [experiment(args, seed, digit_prior, priors, device, progress) for seed in args.seeds]
-    runs = [run for of_seed, _ in results for run in of_seed]
-    summary, shown = summarise(runs), results[0][1]
-
-    temporary = args.out / "results.json.tmp"
-    temporary.write_text(json.dumps({"config": config, "runs": runs, "summary": summary}, indent=1))
-    os.replace(temporary, args.out / "results.json")
+    progress = Progress(len(args.seeds) * len(priors) * (max(args.starts, 1) + 1) * args.epochs)
+    runs, shown = [], None
+    for seed in args.seeds:
+        of_seed, images = experiment(args, seed, digit_prior, priors, device, progress)
+        runs, shown = runs + of_seed, shown or images
+        summary = summarise(runs)
+        text = json.dumps({"config": config, "runs": runs, "summary": summary}, indent=1)
+        write_whole(args.out / "results.json", lambda temporary: temporary.write_text(text))
     plot_neighbours(shown, summary, args.seeds[0], args.out / "neighbours.png")
     plot_prototypes(shown, args.out / "prototypes.png")
     plot_training(runs, args.out / "training.png")
@@ -552,10 +578,10 @@ def main(argv=None):
 
 
 def print_results(runs, summary):
-    print("\nloss of each start (quarter: top left, top right, bottom left, bottom right); the lowest goes on")
+    print("\nloss of each start (1 top left, 2 top right, 3 bottom left, 4 bottom right quarter); the lowest goes on")
     for run in runs:
         print(f"  seed {run['seed']} {run['prior']:<9} " + " ".join(f"{loss:7.3f}" for loss in run["start_losses"]))
-    print(f"\nshare of the 10 nearest neighbours (encoder features, chance .10), mean ± std over "
+    print(f"\nshare of the 10 nearest neighbours (encoder features), mean ± std over "
           f"{summary['uniform']['n']} seed(s)")
     print(f"{'prior':<10} {'same digit':>14} {'same background':>16} {'linear digit':>14} {'KL':>14} {'seconds':>9}")
     for prior in NAMES:
@@ -574,5 +600,5 @@ if __name__ == "__main__":
         print(f"mnist_corner.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nmnist_corner.py: stopped; nothing half-written is left", file=sys.stderr)
+        print("\nmnist_corner.py: stopped; results of finished seeds are kept", file=sys.stderr)
         sys.exit(130)

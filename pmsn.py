@@ -23,9 +23,9 @@ uniform prior by one that matches the data:
 
 With a uniform pi, KL(p_bar || pi) = log K - H(p_bar), MSN's mean-entropy maximisation: MSN is a special case.
 
-Where this differs from the paper, always as an option that is off by default or equal to MSN's published code:
-sharpening relative to the prior (`sharpen`), Sinkhorn onto any prior (`sinkhorn`; MSN's is onto the uniform one),
-patches dropped per image and not per batch, prototypes inside the module, everything runs on a CPU.
+Two options are ours, off by default: sharpening relative to the prior (`sharpen`) and Sinkhorn onto any prior
+(`sinkhorn`; MSN's is onto the uniform one). Unlike MSN's code, patches are dropped per image and not per batch,
+prototypes live inside the module that DDP wraps, and everything runs on a CPU too.
 
 Read on in this order: priors, loss, the same idea in three other losses, vision transformer, PMSN, views,
 samplers, evaluation. The file trains nothing and touches no files; the scripts beside it do.
@@ -52,17 +52,20 @@ def uniform_prior(num_prototypes):
 def power_law_prior(num_prototypes, exponent):
     """pi_k proportional to k^-exponent, k = 1..K, (K,): the paper's prior for long-tailed data (section 5).
 
-    ValueError if K < 2 or if the exponent is negative or not finite. Exponent 0 is the uniform prior."""
+    ValueError if K < 2, or if the exponent is negative or so steep that the last share is 0 in float32. Exponent 0
+    is the uniform prior."""
     if num_prototypes < 2:
         raise ValueError(f"num_prototypes must be at least 2, got {num_prototypes}")
     if not 0 <= exponent < math.inf:
         raise ValueError(f"exponent must be finite and not negative, got {exponent}")
+    if num_prototypes**-exponent < 1e-37:
+        raise ValueError(f"exponent {exponent} is too steep: the last of {num_prototypes} shares is 0 in float32")
     return class_prior(torch.arange(1, num_prototypes + 1, dtype=torch.float64) ** -exponent)
 
 
 def class_prior(counts):
     """Shares of any histogram, largest first: (K,) positive counts -> (K,) prior. ValueError for an empty class."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
+    counts = torch.as_tensor(counts).cpu().double()
     if counts.ndim != 1 or len(counts) < 2 or not bool(((counts > 0) & counts.isfinite()).all()):
         raise ValueError("counts must be a list of at least two positive numbers; leave out classes without images")
     counts = counts.sort(descending=True).values
@@ -135,8 +138,8 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
 
     Returns (loss, terms); terms, detached: cross_entropy (of this rank), prior_kl, mean_prediction (K,), and
     effective_prototypes = exp H(p_bar), between 1 and K. All ranks hold equally many images. ValueError for a wrong
-    number of anchors, a prior that is none, or an option out of its range; the prior's values are checked where
-    that does not stall an accelerator (CPU tensors): elsewhere a zero gives inf."""
+    number of anchors, a prior that is not a distribution, or an option out of its range; the prior's values are
+    checked where that does not stall an accelerator (CPU tensors): elsewhere a zero gives inf."""
     if len(targets) == 0 or len(anchors) == 0 or len(anchors) % len(targets):
         raise ValueError(f"anchors must hold a whole number of views of the {len(targets)} targets, got {len(anchors)}")
     if not temperature > 0 or not weight >= 0 or sinkhorn_iterations < 0:
@@ -227,8 +230,8 @@ def vicreg_loss(first, second, *, invariance=25.0, variance=25.0, covariance=1.0
 def swav_loss(first, second, prototypes, *, temperature=0.1, epsilon=0.05, sinkhorn_iterations=3):
     """SwAV (Caron et al., 2020), (B, d) twice and (K, d) -> (loss, terms): each view predicts the other's code.
 
-    Codes are Sinkhorn assignments with uniform marginals, the volume constraint. terms: cross_entropy,
-    mean_prediction (K,)."""
+    Codes are Sinkhorn assignments with uniform marginals, the volume constraint; they start from a softmax over
+    prototypes, half an iteration ahead of SwAV's code. terms: cross_entropy, mean_prediction (K,)."""
     prior = uniform_prior(len(prototypes)).to(first.device)
     log_p = [log_predictions(z, prototypes, temperature) for z in (first, second)]
     with torch.no_grad():
@@ -368,8 +371,8 @@ class PMSN(nn.Module):
     """Anchor branch (encoder, head), target branch (their moving average) and prototypes, in one module for DDP.
 
     encoder: images -> (B, encoder.embed_dim); it takes `patch_drop` if that is not 0. prior: (K,), see above.
-    head: embed_dim -> d, MSN's by default. `loss_options` are keyword arguments of `pmsn_loss`; they stay in
-    `self.loss_options`, so that a schedule can change them. ValueError for a prior that is none."""
+    head: embed_dim -> output_dim, MSN's by default. `loss_options` are keyword arguments of `pmsn_loss`; they stay in
+    `self.loss_options`, so that a schedule can change them. ValueError for a prior that is not a distribution."""
 
     def __init__(self, encoder, prior, *, head=None, output_dim=256, patch_drop=0.15, **loss_options):
         super().__init__()
@@ -382,7 +385,7 @@ class PMSN(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 0.0  # running statistics move by update_target alone
         self.prototypes = nn.Parameter(torch.empty(len(prior), output_dim).uniform_(-1, 1) * output_dim**-0.5)
-        self.register_buffer("prior", prior)
+        self.register_buffer("prior", prior.clone())
         self.patch_drop = patch_drop
         self.loss_options = loss_options
 
@@ -419,6 +422,8 @@ def multi_crop(images, *, rand_views=1, focal_views=10, rand_size=224, focal_siz
     RandomHorizontalFlip, ColorJitter (one order of its four steps a view), RandomGrayscale and GaussianBlur."""
     if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(f"images must be (B, 3, H, W), uint8 or floats, got {tuple(images.shape)}, {images.dtype}")
+    if rand_views < 1 or focal_views < 0:
+        raise ValueError(f"rand_views must be at least 1, focal_views at least 0, got {rand_views} and {focal_views}")
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
 
@@ -536,7 +541,7 @@ def long_tail_indices(labels, prior, *, num_images=None, seed=0):
     labels = torch.as_tensor(labels).cpu()
     counts = torch.bincount(labels, minlength=len(prior))
     check_prior(prior, len(counts))
-    prior = prior.double().cpu()
+    prior = prior.cpu().double()
     most = int((counts / prior).min() * (1 + 1e-6))  # 1e-6: the prior is rounded, its classes are not
     num_images = most if num_images is None else num_images
     if not 0 < num_images <= most:
@@ -662,4 +667,4 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, *, k=
     similarity, index = neighbours(test_features, train_features, k, block=block)
     votes = similarity.new_zeros(len(index), int(train_labels.max()) + 1)
     votes.scatter_add_(1, train_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
-    return (votes.argmax(dim=1) == test_labels).double().mean().item()
+    return (votes.argmax(dim=1) == test_labels).float().mean().item()

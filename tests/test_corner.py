@@ -138,6 +138,24 @@ def test_starts_see_one_quarter_and_the_lowest_loss_goes_on(monkeypatch):
     assert calls[-1] == ((0, 16), True) and [whole for _, whole in calls] == [False] * 4 + [True]
 
 
+def test_what_a_start_sees(monkeypatch):
+    """Start 2 sees the top right quarter and grey elsewhere, then everything; --starts 0 sees everything at once."""
+    inputs, forward = [], pmsn.PMSN.forward
+    monkeypatch.setattr(pmsn.PMSN, "forward", lambda model, views: inputs.append(views[1]) or forward(model, views))
+    args, data = make_data("--starts", "0")
+    test = {"images": data.view(torch.arange(64)), "digits": data.digit_labels[:64], "kinds": data.kinds[:64]}
+    monkeypatch.setattr(mnist_corner, "QUARTERS", [(0, 16)])
+    args.starts = 1
+    mnist_corner.train(pmsn.uniform_prior(10), data, test, args, 0, lambda *_: None)
+    first, last = inputs[0], inputs[-1]
+    assert first[..., :16, 16:].std() > 0.1 and last[..., 16:, :16].std() > 0.1
+    assert first[..., 16:, :].abs().max() == 0 and first[..., :16, :16].abs().max() == 0
+    inputs.clear()
+    args.starts = 0
+    mnist_corner.train(pmsn.uniform_prior(10), data, test, args, 0, lambda *_: None)
+    assert len(inputs) == 2 * (len(data) // 128) and min(x[..., 16:, :16].std() for x in inputs) > 0.1
+
+
 def test_folder_backgrounds_hold_out_every_fifth_image_unless_scenes_are_few(tmp_path):
     folder = str(make_folder(tmp_path / "textures", kinds=3, images=10))
     training, kinds, _ = mnist_corner.load_backgrounds(folder, None, True, None)
@@ -158,8 +176,10 @@ def test_folder_backgrounds_hold_out_every_fifth_image_unless_scenes_are_few(tmp
     (["--prototypes", "2", "--prior", "0.5", "0.6"], ["prior", "sum to 1"]),
     (["--prototypes", "2", "--prior", "0", "1"], ["prior", "positive"]),
     (["--images", "600", "--batch_size", "601"], ["--batch_size 601", "600"]),
+    (["--images", "600", "--batch_size", "600"], ["--batch_size 600", "59"]),  # 595 after rounding to the prior
+    (["--exponent", "50"], ["exponent 50", "steep"]),
     (["--epochs", "0"], ["--epochs", "1"]),
-    (["--starts", "5"], ["--starts", "1..4"]),
+    (["--starts", "5"], ["--starts", "0..4"]),
     (["--contrast", "nan"], ["--contrast"]),
     (["--lr", "-1"], ["--lr"]),
     (["--out", "/proc/nowhere"], ["--out", "/proc/nowhere"]),
@@ -173,7 +193,8 @@ def test_bad_options_are_one_clear_line(options, words, tmp_path):
 
 def test_an_error_is_one_line_on_stderr_and_status_2(tmp_path):
     result = run("--digits", "SVHN", "--out", tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "SVHN" in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("mnist_corner.py: --digits SVHN")
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -183,7 +204,9 @@ def test_bad_folders_are_named(tmp_path):
     single = make_folder(tmp_path / "single", kinds=1)
     broken = make_folder(tmp_path / "broken")
     (broken / "kind1" / "3.png").write_bytes(b"not a picture")
-    for folder, word in ((empty, "empty"), (hollow, "kind0"), (single, "at least two"), (broken, "3.png")):
+    lone = make_folder(tmp_path / "lone", kinds=2, images=1)
+    for folder, word in ((lone, "--scenes"), (empty, "empty"), (hollow, "kind0"), (single, "at least two"),
+                         (broken, "3.png")):
         with pytest.raises(mnist_corner.UserError, match=word) as error:
             mnist_corner.load_backgrounds(str(folder), None, True, None)
         assert "\n" not in str(error.value)
@@ -229,12 +252,28 @@ def test_real_images_end_to_end(tmp_path):
     check_outputs(tmp_path)
 
 
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "results.json"
+    target.write_text("old")
+
+    def write(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(mnist_corner.UserError, match="No space left"):
+        mnist_corner.write_whole(target, write)
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen([sys.executable, "-u", "mnist_corner.py", "--out", str(tmp_path)], cwd=REPOSITORY,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not process.stdout.readline().lstrip().startswith("0 power_law"):
-        pass
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        assert any(line.lstrip().startswith("0 power_law") for line in process.stdout)  # stops after the first epoch
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "stopped" in errors and "Traceback" not in errors
     assert os.listdir(tmp_path) == []
