@@ -241,7 +241,7 @@ def make_model(prior, args):
     """PMSN with a small head: linear, then BatchNorm without scale and shift, 64 dimensions."""
     head = nn.Sequential(nn.Linear(ConvEncoder.embed_dim, 64), nn.BatchNorm1d(64, affine=False))
     return pmsn.PMSN(ConvEncoder(), prior, head=head, output_dim=64, patch_drop=0.0, weight=args.weight,
-                     sinkhorn_iterations=3, relative_sharpening=True)
+                     sinkhorn_iterations=10, relative_sharpening=True)
 
 
 def train(prior, data, test, args, seed, report):
@@ -416,7 +416,8 @@ def plot_prototypes(shown, path, count=5):
         axes.bar(range(number), usage[:number], color=COLOURS[prior], alpha=0.75, label="usage (mean prediction)")
         axes.plot(range(number), shown[prior]["prior"][:number], "k_", markersize=22, markeredgewidth=2, label="prior")
         axes.set(title=NAMES[prior], xticks=[], xlim=(-0.5, number - 0.5), ylabel="share of images")
-        axes.legend(frameon=False, loc="upper right")
+        axes.set_ylim(top=1.35 * max(usage.max(), shown[prior]["prior"].max()))
+        axes.legend(frameon=False, loc="upper right", ncols=2)
         pictures = grid[1].subgridspec(count, number, hspace=0.06, wspace=0.06)
         for k in range(number):
             for row, image in enumerate(assignment[:, k].topk(count).indices.tolist()):

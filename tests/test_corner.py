@@ -167,6 +167,28 @@ def test_folder_backgrounds_hold_out_every_fifth_image_unless_scenes_are_few(tmp
     assert torch.equal(scenes, mnist_corner.load_backgrounds(folder, None, False, 2)[0])
 
 
+def test_cifar_and_mnist_as_torchvision_gives_them(monkeypatch):
+    """Stand-ins with torchvision's fields: CIFAR10.data is (N, 32, 32, 3) uint8, MNIST.data (N, 28, 28) uint8."""
+    class Cifar:
+        data, targets = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8), [0, 1] * 20
+
+    class Mnist:
+        data, targets = torch.full((20, 28, 28), 255, dtype=torch.uint8), torch.arange(20) % 10
+
+    calls = []
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *a, **k: calls.append(k["train"]) or Cifar)
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda *a, **k: Mnist)
+    images, kinds, _ = mnist_corner.load_backgrounds("CIFAR10", "data", False, None)
+    assert images.shape == (40, 1, 32, 32) and kinds.tolist() == Cifar.targets and calls == [False]
+    luma = Cifar.data[7] @ np.array([0.2989, 0.587, 0.114])
+    expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
+    np.testing.assert_allclose(images[7, 0], expected, atol=0.02)  # torchvision rounds grey to integers
+    scenes, kinds, _ = mnist_corner.load_backgrounds("CIFAR10", "data", False, 3)
+    assert kinds.tolist() == [0, 0, 0, 1, 1, 1] and calls[-1] is True  # the same scenes as in training
+    digits, labels = mnist_corner.load_digits("MNIST", "data", True)
+    assert digits.shape == (20, 1, 28, 28) and digits.max() == 1 and labels.tolist() == (list(range(10)) * 2)
+
+
 @pytest.mark.parametrize("options, words", [
     (["--digits", "SVHN"], ["--digits SVHN", "drawn"]),
     (["--backgrounds", "no/such/folder"], ["no/such/folder"]),
