@@ -50,7 +50,7 @@ def uniform_prior(num_prototypes):
 
 
 def power_law_prior(num_prototypes, exponent):
-    """pi_k proportional to k^-exponent, k = 1..K, (K,): the paper's prior for long-tailed data (section 5).
+    """pi_k proportional to k^-exponent, k = 1..K, (K,): the paper's prior for long-tailed data.
 
     ValueError if K < 2, or if the exponent is negative or so steep that the last share is 0 in float32. Exponent 0
     is the uniform prior."""
@@ -102,7 +102,7 @@ def log_predictions(embeddings, prototypes, temperature):
 
 
 def sharpen(probabilities, sharpening, reference=None):
-    """p^(1/T) / sum, T = `sharpening` in (0, 1]: (N, K) -> (N, K); 1 changes nothing. MSN, section 3.
+    """p^(1/T) / sum, T = `sharpening` in (0, 1]: (N, K) -> (N, K); 1 changes nothing. From MSN.
 
     With a `reference` pi (K,) sharpening is relative to it: pi (p/pi)^(1/T) / sum. Plain sharpening moves mass to
     the head of a steep prior even where the network knows nothing, so that the constant answer p = pi costs only
@@ -129,7 +129,7 @@ def sinkhorn(probabilities, prior, iterations=3):
 
 def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpening=0.25, weight=1.0,
               sinkhorn_iterations=0, relative_sharpening=False):
-    """mean H(p+, p) + weight * KL(p_bar || pi), in nats: the paper's loss (section 4).
+    """mean H(p+, p) + weight * KL(p_bar || pi), in nats: the paper's loss.
 
     anchors (M*B, d) in view-major order (all images of the first view, then of the second, ...), targets (B, d),
     prototypes (K, d), prior (K,). p_bar is the mean over all ranks, in the graph: average the gradients over
@@ -193,7 +193,7 @@ def mean_over_ranks(x):
     return _MeanOverRanks.apply(x) if world_size() > 1 else x
 
 
-# ---- The same idea in three other losses (section 3): every one ends in a term that wants the batch spread evenly
+# ---- The same idea in three other losses: each has a term that wants the batch spread evenly ------------------------
 
 
 def simclr_loss(first, second, *, temperature=0.1):
