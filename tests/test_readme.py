@@ -54,7 +54,7 @@ def test_figures_and_files_that_the_readme_names_exist():
 
 
 def test_names_in_the_readme_exist():
-    table = README.split("## From paper to code")[1].split("\n## ")[0]
+    table = README.split("## From paper to code")[1].split("\n### ")[0]
     names = set(re.findall(r"`(?:pmsn\.)?([A-Za-z_]\w+)`", table)) - {"mnist_corner"}
     assert names
     for name in names:
