@@ -27,7 +27,7 @@ import platform
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -120,6 +120,7 @@ def load_backgrounds(name, root, train, scenes):
     return 0.5 + 0.35 * (images - mean) / deviation.clamp_min(1), kinds, (0.7, 1.0)  # .35: as the gratings
 
 
+@cache  # training and test images of every seed come from the same files
 def load_folder(folder):
     """Greyscale images (N, 1, 32, 32) in 0..255 of an ImageFolder, and their classes (N,)."""
     if not Path(folder).is_dir():
@@ -320,7 +321,7 @@ def embed(model, images):
 def agreement(features, labels, k=10):
     """Share of the k nearest neighbours, oneself left out, that have the same label."""
     _, nearest = pmsn.neighbours(features, features, k + 1)
-    return (labels[nearest[:, 1:]] == labels[:, None]).float().mean().item()
+    return (labels[nearest[:, 1:]] == labels[:, None]).cpu().double().mean().item()
 
 
 def linear_accuracy(features, labels, test_features, test_labels):
@@ -331,7 +332,7 @@ def linear_accuracy(features, labels, test_features, test_labels):
 
     x, y = design(features), F.one_hot(labels.cpu()).double()
     weights = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
-    return ((design(test_features) @ weights).argmax(dim=1) == test_labels.cpu()).float().mean().item()
+    return ((design(test_features) @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()
 
 
 def summarise(runs):
@@ -379,6 +380,7 @@ def plot_neighbours(shown, summary, seed, path, count=8):
     test, figure = shown["test"], plt.figure(figsize=(13, 8.4))
     blocks = figure.add_gridspec(1, 2, left=0.01, right=0.99, top=0.84, bottom=0.02, wspace=0.06)
     rows = [int((test["digits"] == digit).nonzero()[0]) for digit in range(10)]
+    wins = {}
     for block, prior in zip(blocks, NAMES):
         features = shown[prior]["encoder"]
         _, nearest = pmsn.neighbours(features[rows], features, count + 1)
@@ -388,11 +390,11 @@ def plot_neighbours(shown, summary, seed, path, count=8):
             for column, image in enumerate(found):
                 same = test["digits"][image] == test["digits"][reference]
                 show(figure.add_subplot(grid[row, column + 1]), test["images"][image], "#3c9d4e" if same else "none")
-        box, mean = block.get_position(figure), {m: v["mean"] for m, v in summary[prior].items() if m != "n"}
-        figure.text((box.x0 + box.x1) / 2, 0.855, f"{NAMES[prior]}\nsame digit {mean['digit_agreement']:.2f}, same "
-                    f"background {mean['background_agreement']:.2f}", ha="center", color=COLOURS[prior], fontsize=13)
-    wins = {p: "digit" if summary[p]["digit_agreement"]["mean"] > summary[p]["background_agreement"]["mean"]
-            else "background" for p in NAMES}
+        digit, background = (summary[prior][f"{what}_agreement"]["mean"] for what in ("digit", "background"))
+        wins[prior] = "digit" if digit > background else "background"
+        box = block.get_position(figure)
+        figure.text((box.x0 + box.x1) / 2, 0.855, f"{NAMES[prior]}\nsame digit {digit:.2f}, same background "
+                    f"{background:.2f}", ha="center", color=COLOURS[prior], fontsize=13)
     verdict = (f"Neighbours share the {wins['power_law']} under the power-law prior, the {wins['uniform']} under the "
                "uniform prior" if wins["power_law"] != wins["uniform"] else
                f"Neighbours share the {wins['uniform']} under both priors")

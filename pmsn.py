@@ -549,7 +549,8 @@ def long_tail_indices(labels, prior, *, num_images=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     wanted = [max(1, int(num_images * share * (1 + 1e-6))) for share in prior.tolist()]
-    chosen = torch.cat([order[labels[order] == c][:n] for c, n in enumerate(wanted)])
+    shuffled = labels[order]
+    chosen = torch.cat([order[shuffled == c][:n] for c, n in enumerate(wanted)])
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
@@ -667,4 +668,4 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, *, k=
     similarity, index = neighbours(test_features, train_features, k, block=block)
     votes = similarity.new_zeros(len(index), int(train_labels.max()) + 1)
     votes.scatter_add_(1, train_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
-    return (votes.argmax(dim=1) == test_labels).float().mean().item()
+    return (votes.argmax(dim=1) == test_labels).cpu().double().mean().item()
