@@ -269,7 +269,7 @@ def fit(model, data, test, args, quarter, whole, history, report):
     """Train for args.epochs on one quarter (top, left) of the images, None for all; if `whole`, the rest fades in.
 
     On a quarter: learning rate from args.lr to a tenth of it, sharpening from .6 to .25, target momentum from .9
-    to .99. On whole images, which fade in over the first third: a quarter of that learning rate, .25 and .99.
+    to .99. On whole images, which fade in over the first third: the same learning rate, .25 and .99.
     Returns `history` with one dictionary an epoch added."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.05)
     visible = torch.zeros(1, 1, SIZE, SIZE, device=data.digits.device)
@@ -283,7 +283,7 @@ def fit(model, data, test, args, quarter, whole, history, report):
         for i in range(steps_an_epoch):
             done = (epoch + i / steps_an_epoch) / args.epochs  # 0..1
             decay = 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done))
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, 20 * done + 0.02) * decay * (0.25 if whole else 1)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, 20 * done + 0.02) * decay
             model.loss_options["sharpening"] = 0.25 if whole else max(0.25, 0.6 - 0.5 * done)
             seen = visible + (1 - visible) * min(1, 3 * done) if whole else visible
 
