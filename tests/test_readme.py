@@ -10,6 +10,7 @@ import pytest
 
 import mnist_corner
 import pmsn
+import toy_kmeans
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -28,11 +29,12 @@ def test_first_block_sets_up_and_runs_the_main_job():
     assert "pip install ." in BLOCKS[0] and BLOCKS[0].strip().endswith("python mnist_corner.py")
 
 
-@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "mnist_corner.py" in c}))
-def test_corner_commands_are_understood(command, tmp_path):
-    arguments = shlex.split(command)
-    assert arguments[:2] == ["python", "mnist_corner.py"]
-    mnist_corner.check(mnist_corner.parse([*arguments[2:], "--out", str(tmp_path)]))
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if ".py" in c}))
+def test_commands_are_understood(command, tmp_path):
+    python, script, *arguments = shlex.split(command)
+    module = {"mnist_corner.py": mnist_corner, "toy_kmeans.py": toy_kmeans}[script]
+    assert python == "python"
+    module.check(module.parse([*arguments, "--out", str(tmp_path)]))
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -55,10 +57,10 @@ def test_figures_and_files_that_the_readme_names_exist():
 
 def test_names_in_the_readme_exist():
     table = README.split("## From paper to code")[1].split("\n### ")[0]
-    names = set(re.findall(r"`(?:pmsn\.)?([A-Za-z_]\w+)`", table)) - {"mnist_corner"}
+    names = set(re.findall(r"`(?:pmsn\.)?([A-Za-z_]\w+)`", table))
     assert names
     for name in names:
-        assert hasattr(pmsn, name) or hasattr(mnist_corner, name), name
+        assert any(hasattr(module, name) for module in (pmsn, mnist_corner, toy_kmeans)), name
 
 
 def test_pmsn_imports_torch_and_the_standard_library_only():
