@@ -128,13 +128,15 @@ def sinkhorn(probabilities, prior, iterations=3):
 
 
 def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpening=0.25, weight=1.0,
-              sinkhorn_iterations=0, relative_sharpening=False):
+              sinkhorn_iterations=0, relative_sharpening=False, mean_prediction=None):
     """mean H(p+, p) + weight * KL(p_bar || pi), in nats: the paper's loss.
 
     anchors (M*B, d) in view-major order (all images of the first view, then of the second, ...), targets (B, d),
     prototypes (K, d), prior (K,). p_bar is the mean over all ranks, in the graph: average the gradients over
     ranks, as DistributedDataParallel does, and they are those of one process on the joined batch. Gradients
-    reach `anchors` and `prototypes`, never `targets`.
+    reach `anchors` and `prototypes`, never `targets`. For a batch taken in equal parts give the p_bar of all of it as
+    `mean_prediction` (K,): each part's KL is then linear in its own p, and the mean of the parts' losses has the value
+    and the gradient of the whole.
 
     Returns (loss, terms); terms, detached: cross_entropy (of this rank), prior_kl, mean_prediction (K,), and
     effective_prototypes = exp H(p_bar), between 1 and K. All ranks hold equally many images. ValueError for a wrong
@@ -157,15 +159,16 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     cross_entropy = -(p_target * log_p.view(-1, *p_target.shape)).sum(dim=-1).mean()
 
     p_bar = mean_over_ranks(log_p.exp().mean(dim=0))  # (K,)
-    log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()  # p_bar may underflow; 0 log 0 = 0
-    prior_kl = (p_bar * (log_p_bar - prior.log())).sum()
+    whole = p_bar if mean_prediction is None else mean_prediction.to(p_bar)
+    log_whole = whole.clamp_min(torch.finfo(whole.dtype).tiny).log()  # an entry may underflow; 0 log 0 = 0
+    prior_kl = (p_bar * (log_whole - prior.log())).sum()
 
     loss = cross_entropy + weight * prior_kl
     return loss, {
         "cross_entropy": cross_entropy.detach(),
         "prior_kl": prior_kl.detach(),
         "mean_prediction": p_bar.detach(),
-        "effective_prototypes": (-(p_bar * log_p_bar).sum()).exp().detach(),
+        "effective_prototypes": (-(whole * log_whole).sum()).exp().detach(),
     }
 
 
@@ -389,16 +392,18 @@ class PMSN(nn.Module):
         self.patch_drop = patch_drop
         self.loss_options = loss_options
 
-    def forward(self, views):
+    def forward(self, views, **loss_options):
         """views, as from `multi_crop`: [target view, masked anchors, unmasked anchors ...] -> (loss, terms).
 
-        Target view (B, C, H, W), anchors (M*B, C, H, W) in view-major order; each entry is one forward pass."""
+        Target view (B, C, H, W), anchors (M*B, C, H, W) in view-major order; each entry is one forward pass.
+        `loss_options` here add to the module's."""
         target_view, masked, *unmasked = views
         masking = {"patch_drop": self.patch_drop} if self.patch_drop else {}
         anchors = [self.head(self.encoder(masked, **masking)), *(self.head(self.encoder(view)) for view in unmasked)]
         with torch.no_grad():
             targets = self.target_head(self.target_encoder(target_view))
-        return pmsn_loss(torch.cat(anchors), targets, self.prototypes, self.prior, **self.loss_options)
+        return pmsn_loss(torch.cat(anchors), targets, self.prototypes, self.prior, **self.loss_options,
+                         **loss_options)
 
     @torch.no_grad()
     def update_target(self, momentum):
@@ -411,78 +416,105 @@ class PMSN(nn.Module):
 # ---- Views: the augmentations of MSN, batched on the images' device --------------------------------------------------
 
 
-def multi_crop(images, *, rand_views=1, focal_views=10, rand_size=224, focal_size=96, rand_scale=(0.3, 1.0),
-               focal_scale=(0.05, 0.3), jitter=0.5, jitter_p=0.8, grey_p=0.2, blur_p=0.5, flip_p=0.5,
-               mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+def multi_crop(images, sizes=None, *, rand_views=1, focal_views=10, rand_size=224, focal_size=96,
+               rand_scale=(0.3, 1.0), focal_scale=(0.05, 0.3), jitter=0.5, jitter_p=0.8, grey_p=0.2, blur_p=0.5,
+               flip_p=0.5, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     """The views of a batch (B, 3, H, W), uint8 or floats in [0, 1], on the images' device; defaults are MSN's.
 
     Returns [target view (B, 3, S, S), rand views (rand_views*B, 3, S, S), focal views (focal_views*B, 3, s, s)],
     normalised by mean and std, view-major; without focal views the last is left out. Every view of every image
     draws its own crop, flip, colour jitter, greyscale and blur, distributed as torchvision's RandomResizedCrop,
-    RandomHorizontalFlip, ColorJitter (one order of its four steps a view), RandomGrayscale and GaussianBlur."""
+    RandomHorizontalFlip, ColorJitter (one order of its four steps for several images), RandomGrayscale and
+    GaussianBlur. If the images were stretched to one size, `sizes` (B, 2) are their original heights and widths in
+    pixels: crops are then drawn in the originals, area and aspect ratio (see `random_boxes`)."""
     if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(f"images must be (B, 3, H, W), uint8 or floats, got {tuple(images.shape)}, {images.dtype}")
     if rand_views < 1 or focal_views < 0:
         raise ValueError(f"rand_views must be at least 1, focal_views at least 0, got {rand_views} and {focal_views}")
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
+    several = 8 if images.device.type == "cpu" else max(len(images), 1)  # eight at once stay in a CPU's cache
+    parts = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in images.split(several)]  # in memory (B, H, 3, W)
+    parts = [x.float().div_(255) if x.dtype == torch.uint8 else x for x in parts]
 
-    def uniform(low, high):  # one number an image
-        return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
+    def augment(x, boxes, size):
+        def uniform(low, high):  # one number an image
+            return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
-    def view(size, scale):
-        x = resized_crop(images, random_boxes(images, scale), size)
+        x = resized_crop(x, boxes, size)
         x = torch.where(uniform(0, 1) < flip_p, x.flip(-1), x)
         x = colour_jitter(x, jitter, uniform(0, 1) < jitter_p)
-        x = torch.where(uniform(0, 1) < grey_p, grey(x), x)
+        x = blend(x, grey(x), (uniform(0, 1) >= grey_p).to(x.dtype))
         x = gaussian_blur(x, uniform(0.1, 2.0) * (uniform(0, 1) < blur_p))
         return (x - mean) / std
 
-    views = [view(rand_size, rand_scale), torch.cat([view(rand_size, rand_scale) for _ in range(rand_views)])]
-    return views + ([torch.cat([view(focal_size, focal_scale) for _ in range(focal_views)])] if focal_views else [])
+    def views(count, size, scale):
+        boxes = [random_boxes(images, scale, sizes).split(several) for _ in range(count)]
+        return torch.cat([augment(x, box, size) for view in boxes for x, box in zip(parts, view)])
+
+    rand = views(1, rand_size, rand_scale), views(rand_views, rand_size, rand_scale)
+    return [*rand, views(focal_views, focal_size, focal_scale)] if focal_views else [*rand]
 
 
-def random_boxes(images, scale, ratio=(3 / 4, 4 / 3), attempts=10):
+def random_boxes(images, scale, sizes=None, ratio=(3 / 4, 4 / 3), attempts=10):
     """Boxes (B, 4) = top, left, height, width in pixels, drawn as torchvision's RandomResizedCrop draws them.
 
     Area share uniform in `scale`, aspect ratio log-uniform in `ratio`; the first of `attempts` draws that fits
-    counts. Where none fits: the largest centred box whose ratio is allowed."""
-    batch, _, height, width = images.shape
-    draw = torch.rand(4, batch, attempts, device=images.device)
+    counts. Where none fits: the largest centred box whose ratio is allowed. With `sizes` (B, 2), the heights and
+    widths before images were stretched to one size, boxes are drawn in the originals and stretched like these."""
+    stored = torch.tensor(images.shape[2:], dtype=torch.float32, device=images.device)
+    sizes = stored.expand(len(images), 2) if sizes is None else sizes.to(stored)
+    height, width = sizes[:, :1], sizes[:, 1:]
+    draw = torch.rand(4, len(images), attempts, device=images.device)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draw[0])
     aspect = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draw[1]).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     top, left = (draw[2] * (height - h + 1)).floor(), (draw[3] * (width - w + 1)).floor()
     boxes = torch.stack([top, left, h, w], dim=-1)  # (B, attempts, 4)
-    boxes = boxes[torch.arange(batch, device=images.device), fits.int().argmax(dim=1)]
-    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    centred = torch.tensor([(height - h) // 2, (width - w) // 2, h, w], dtype=boxes.dtype, device=images.device)
-    return torch.where(fits.any(dim=1, keepdim=True), boxes, centred)
+    boxes = boxes[torch.arange(len(images), device=images.device), fits.int().argmax(dim=1)]
+    h, w = torch.minimum(height, (width / ratio[0]).round()), torch.minimum(width, (height * ratio[1]).round())
+    centred = torch.cat([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], dim=1)
+    return torch.where(fits.any(dim=1, keepdim=True), boxes, centred) * (stored / sizes).repeat(1, 2)
+
+
+def mix(images, dim, index, weight):
+    """Weighted sums of T rows (dim 2) or columns (dim 3) of images (B, C, H, W), S of them: `dim` becomes S long.
+
+    index and weight (B, S, T). Resizing and blur are this along one dimension, then along the other; as only few rows
+    count, an embedding bag, which adds up just these, is several times faster than a matrix product. It wants the
+    images in memory as (B, H, C, W) or (B, W, C, H), and copies them if they are not."""
+    images = images.movedim(dim, 1)
+    index = index + images.shape[1] * torch.arange(len(images), device=images.device)[:, None, None]
+    mixed = F.embedding_bag(index.flatten(0, 1), images.flatten(2).flatten(0, 1), mode="sum",
+                            per_sample_weights=weight.flatten(0, 1).to(images.dtype))
+    return mixed.view(*index.shape[:2], *images.shape[2:]).movedim(1, dim)
 
 
 def resized_crop(images, boxes, size):
-    """Antialiased bilinear crop-and-resize, each image by its own box: (B, C, H, W), (B, 4) -> (B, C, size, size).
+    """Antialiased bilinear crop-and-resize, each image by its own box: (B, C, H, W), (B, 4) -> (B, C, size, size)."""
 
-    Resampling is linear and separable, hence two matrix products: rows (size, H) @ image (H, W) @ columns^T."""
-
-    def matrix(start, length, full):  # triangle filter as wide as an output pixel, (B, size, full)
-        scale = (length / size)[:, None, None]
-        centre = start[:, None, None] + scale * (torch.arange(size, device=images.device)[:, None] + 0.5)
-        pixel = torch.arange(full, device=images.device) + 0.5
-        weight = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)
-        weight = weight * ((pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None]))
-        return (weight / weight.sum(dim=2, keepdim=True))[:, None].to(images.dtype)
+    def taps(start, length, full):  # triangle filter as wide as an output pixel: index and weight, (B, size, T)
+        start, scale, end = (x[:, None, None] for x in (start, length / size, start + length))
+        centre, reach = start + scale * (torch.arange(size, device=images.device)[:, None] + 0.5), scale.clamp_min(1)
+        most = math.ceil(2 * max(1, full / size))  # T, if the box is the image
+        pixel = (centre - reach + 0.5).floor() + torch.arange(most, device=images.device)
+        weight = (1 - (pixel + 0.5 - centre).abs() / reach).clamp_min(0) * ((pixel + 1 > start) & (pixel < end))
+        return pixel.long().clamp(0, full - 1), weight / weight.sum(dim=2, keepdim=True)
 
     top, left, height, width = boxes.unbind(dim=1)
-    rows, columns = matrix(top, height, images.shape[2]), matrix(left, width, images.shape[3])
-    return rows @ images @ columns.transpose(2, 3)
+    images = mix(images, 2, *taps(top, height, images.shape[2]))
+    return mix(images, 3, *taps(left, width, images.shape[3]))
 
 
 def grey(images):
-    """Luma of RGB images in [0, 1], in all three channels."""
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device, dtype=images.dtype).view(3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
+    """Luma of RGB images in [0, 1], (B, 3, H, W) -> (B, 1, H, W)."""
+    r, g, b = images.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def blend(x, y, share):
+    """`share` of x and the rest of y, clamped to [0, 1]."""
+    return (share * x).add_((1 - share) * y).clamp_(0, 1)
 
 
 def colour_jitter(images, strength, apply):
@@ -493,12 +525,9 @@ def colour_jitter(images, strength, apply):
         draw = torch.empty_like(apply, dtype=images.dtype).uniform_(neutral - reach, neutral + reach)
         return torch.where(apply, draw, neutral)
 
-    def blend(x, y, f):
-        return (f * x + (1 - f) * y).clamp(0, 1)
-
     brightness, contrast, saturation, hue = factor(0.8, 1.0), factor(0.8, 1.0), factor(0.8, 1.0), factor(0.2, 0.0)
-    steps = [lambda x: (brightness * x).clamp(0, 1),
-             lambda x: blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), contrast),
+    steps = [lambda x: (brightness * x).clamp_(0, 1),
+             lambda x: blend(x, grey(x.mean(dim=(2, 3), keepdim=True)), contrast),
              lambda x: blend(x, grey(x), saturation),
              lambda x: turn_hue(x, hue)]
     for i in torch.randperm(4).tolist():
@@ -508,26 +537,27 @@ def colour_jitter(images, strength, apply):
 
 def turn_hue(images, turn):
     """Turn the hue of RGB images in [0, 1] by `turn` (B, 1, 1, 1) in [-.5, .5], a share of the colour circle (HSV)."""
-    value, strongest = images.max(dim=1, keepdim=True)
-    chroma = value - images.amin(dim=1, keepdim=True)
-    r, g, b = images.unbind(dim=1)
-    sector = torch.stack([g - b, b - r, r - g], dim=1).gather(1, strongest) / chroma.clamp_min(1e-8) + 2 * strongest
-    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1) + sector + 6 * turn) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    r, g, b = images.split(1, dim=1)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = high - low
+    from_red = (high + g + b - r - 2 * low) / (6 * chroma).clamp_min(1e-8)  # along the circle, 0 to 1/2
+    hue = torch.copysign(from_red, g - b) + turn
+    away = hue - torch.tensor([0, 1 / 3, 2 / 3], device=images.device, dtype=images.dtype).view(3, 1, 1)
+    away = away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)  # a channel is high near its own hue, low far from it
+    return torch.addcmul(low + 2 * chroma, chroma, away, value=-6)
 
 
 def gaussian_blur(images, sigma):
-    """Blur with an own sigma (B, 1, 1, 1) in pixels for every image, 0 for none, reflecting at the border.
-
-    Two matrix products, as in `resized_crop`."""
-
-    def matrix(size):
-        i = torch.arange(size, device=images.device, dtype=images.dtype)
-        mirrored = (i, torch.where(i > 0, -i, math.inf), torch.where(i < size - 1, 2 * (size - 1) - i, math.inf))
-        weight = sum((-0.5 * ((i[:, None] - j) / sigma.clamp_min(1e-3)).square()).exp() for j in mirrored)
-        return weight / weight.sum(dim=-1, keepdim=True)  # (B, 1, size, size)
-
-    return matrix(images.shape[2]) @ images @ matrix(images.shape[3]).transpose(2, 3)
+    """Blur with an own sigma (B, 1, 1, 1), 0 to 2 pixels, for every image, reflecting at the border."""
+    offset = torch.arange(-8, 9, device=images.device)  # up to 4 sigma
+    weight = (-0.5 * (offset / sigma[..., 0].clamp_min(1e-3)).square()).exp()  # (B, 1, 17)
+    weight = weight / weight.sum(dim=-1, keepdim=True)
+    for dim in (3, 2):
+        size = images.shape[dim]
+        index = (torch.arange(size, device=images.device)[:, None] + offset) % (2 * max(size - 1, 1))
+        index = torch.minimum(index, 2 * (size - 1) - index)
+        images = mix(images, dim, index.expand(len(images), -1, -1), weight.expand(-1, size, -1))
+    return images
 
 
 # ---- Samplers: which images exist, and which share a mini-batch ------------------------------------------------------

@@ -47,12 +47,22 @@ def test_resized_crop_equals_torchvision(size):
         torch.testing.assert_close(result, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("stretched", [False, True])
 @pytest.mark.parametrize("height, width, scale", [(40, 60, (0.3, 1.0)), (40, 60, (0.05, 0.3)), (9, 8, (0.2, 0.9)),
                                                   (30, 100, (0.3, 1.0))])
-def test_random_boxes_are_drawn_as_torchvision_draws_them(height, width, scale):
-    """Two-sample comparison of every coordinate, of area, ratio and slack. The last: often no draw fits."""
+def test_random_boxes_are_drawn_as_torchvision_draws_them(height, width, scale, stretched):
+    """Two-sample comparison of every coordinate, of area, ratio and slack. The last: often no draw fits.
+
+    Stretched: the same in the pixels of the originals, which share their batch with others of another size."""
     torch.manual_seed(0)
-    ours = pmsn.random_boxes(torch.empty(4000, 1, height, width), scale).double().numpy()
+    if stretched:
+        sizes = torch.tensor([[height, width], [70, 20]]).repeat(4000, 1)
+        ours = pmsn.random_boxes(torch.empty(8000, 1, 32, 48), scale, sizes)[::2].double()
+        ours = (ours * torch.tensor([height / 32, width / 48]).repeat(2)).numpy()
+        np.testing.assert_allclose(ours, ours.round(), atol=1e-4)
+        ours = ours.round()
+    else:
+        ours = pmsn.random_boxes(torch.empty(4000, 1, height, width), scale).double().numpy()
     image = torch.empty(1, height, width)
     transform = v2.RandomResizedCrop(8, scale=scale)
     params = [transform.make_params([image]) for _ in range(4000)]
@@ -69,6 +79,34 @@ def test_random_boxes_are_drawn_as_torchvision_draws_them(height, width, scale):
         assert ks_distance(a, b) < ks_limit(a, b), name
 
 
+def waves(height, width):
+    """A smooth image, (3, height, width), the same scene at every size."""
+    y, x = (torch.arange(height)[:, None] + 0.5) / height, (torch.arange(width) + 0.5) / width
+    return torch.stack([0.5 + 0.4 * torch.sin(6 * x + 3 * y), 0.5 + 0.4 * torch.cos(7 * y - 2 * x), x * y])
+
+
+@pytest.mark.parametrize("height, width", [(300, 200), (90, 240)])
+def test_stretched_images_give_the_views_of_the_originals(height, width):
+    """The same draws: a stretched image, cropped by its original size, shows what the original shows; without the size
+    it shows something else."""
+    views = []
+    for image, sizes in ((waves(height, width), None), (waves(160, 160), torch.tensor([[height, width]]).expand(10, 2)),
+                         (waves(160, 160), None)):
+        torch.manual_seed(0)
+        views.append(pmsn.multi_crop(image.expand(10, -1, -1, -1), sizes, rand_size=32, focal_size=16, **NOTHING))
+    for original, stretched, wrong in zip(*views):
+        torch.testing.assert_close(stretched, original, atol=0.01, rtol=0)
+        assert (wrong - original).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("original", [1000, 31])
+def test_boxes_smaller_than_a_stored_pixel(original):
+    """A constant image stays constant, wherever the boxes begin and end."""
+    images, sizes = torch.full((200, 3, 10, 10), 0.7), torch.full((200, 2), original)
+    boxes = pmsn.random_boxes(images, (1e-5, 0.05), sizes)
+    torch.testing.assert_close(pmsn.resized_crop(images, boxes, 4), images[:, :, :4, :4], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("height, width", [(20, 200), (200, 20), (33, 71), (71, 33), (32, 32)])
 def test_fallback_box_is_torchvisions(height, width):
     """With scale (1, 1) no draw fits (but the whole square): the largest centred box of an allowed ratio, exactly."""
@@ -83,7 +121,7 @@ def test_fallback_box_is_torchvisions(height, width):
 
 def test_grey_equals_torchvision():
     images = random_images()
-    torch.testing.assert_close(pmsn.grey(images), TF.rgb_to_grayscale(images, num_output_channels=3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pmsn.grey(images), TF.rgb_to_grayscale(images), atol=1e-6, rtol=0)
 
 
 def test_turn_hue_equals_torchvision():
@@ -202,9 +240,10 @@ def test_without_augmentation_a_view_is_the_normalised_image():
 
 
 def test_views_are_in_view_major_order():
-    """Images of one grey level each: entry i of a view's stack shows image i modulo B."""
-    levels = torch.tensor([0.1, 0.4, 0.9])
-    images = levels.view(3, 1, 1, 1).expand(3, 3, 20, 20)
+    """Images of one grey level each: entry i of a view's stack shows image i modulo B. More images than `multi_crop`
+    takes at a time on a CPU."""
+    levels = torch.linspace(0.1, 0.9, 19)
+    images = levels.view(19, 1, 1, 1).expand(19, 3, 20, 20)
     views = pmsn.multi_crop(images, rand_views=2, focal_views=4, rand_size=12, focal_size=6, **NOTHING)
     for view, count in zip(views, (1, 2, 4)):
         torch.testing.assert_close(view.mean(dim=(1, 2, 3)), levels.repeat(count), atol=1e-5, rtol=0)
