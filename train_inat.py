@@ -41,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,11 +83,13 @@ def find_splits(data):
     if (data / "train2018.json").exists():
         categories = {}
         return tuple(read_inat(data, data / f"{split}2018.json", categories) for split in ("train", "val"))
-    if (data / "train").is_dir():
-        classes = torchvision.datasets.folder.find_classes(data / "train")[0]
-        held_out = next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
-        return read_folder(data / "train", classes), held_out and read_folder(held_out, classes)
-    return read_folder(data), None
+    train = data / "train" if (data / "train").is_dir() else data
+    try:
+        classes = torchvision.datasets.folder.find_classes(train)[0]
+    except FileNotFoundError:
+        raise UserError(f"--data {train} has no class folders") from None
+    held_out = next((data / name for name in ("val", "test") if train != data and (data / name).is_dir()), None)
+    return read_folder(train, classes), held_out and read_folder(held_out, classes)
 
 
 def read_inat(data, file, numbers):
@@ -104,15 +106,11 @@ def read_inat(data, file, numbers):
     return [path for path, _ in images], torch.tensor([label for _, label in images])
 
 
-def read_folder(folder, classes=None):
-    """Paths and labels of a folder of class folders; `classes`, names in order, where another split has set them."""
-    try:
-        classes = classes or torchvision.datasets.folder.find_classes(folder)[0]
-        images = torchvision.datasets.folder.make_dataset(
-            str(folder), {name: i for i, name in enumerate(classes)},
-            extensions=torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
-    except FileNotFoundError as error:
-        raise UserError(f"--data {folder}: {error}") from None
+def read_folder(folder, classes):
+    """Paths and labels of a folder of class folders; class numbers are places in `classes`, names."""
+    images = torchvision.datasets.folder.make_dataset(
+        str(folder), {name: i for i, name in enumerate(classes)}, allow_empty=True,
+        extensions=torchvision.datasets.folder.IMG_EXTENSIONS)
     if not images:
         raise UserError(f"--data {folder} has class folders but no images in them")
     return [path for path, _ in images], torch.tensor([label for _, label in images])
@@ -198,10 +196,10 @@ class Unreadable:
     def __init__(self, paths, known=()):
         self.paths, self.known = paths, set(known)
 
-    def add(self, indices):
-        for i in set(indices) - self.known:
-            self.known.add(i)
+    def add(self, indices, report=True):
+        for i in set(indices) - self.known if report else ():
             print(f"unreadable image, skipped: {self.paths[i]}", file=sys.stderr, flush=True)
+        self.known.update(indices)
         if len(self.known) > max(1, len(self.paths) // 100):
             raise UserError(f"{len(self.known)} of {len(self.paths)} images could not be read, more than 1%; the last: "
                             f"{self.paths[max(self.known)]}")
@@ -434,7 +432,7 @@ def train(args, rank, world_size, device, until=None):
     def measure(epoch):
         evaluate(args, model.target_encoder, training, validation, rank, world_size, device, epoch)
 
-    def stop_if_not_finite():
+    def stop_if_not_finite():  # p_bar is that of all ranks: what is not finite in one is not in any
         if first_bad.isfinite():
             last = f"the last good checkpoint is {args.out / 'checkpoint.pt'}, of step {saved}"
             raise UserError(f"the loss is not finite since step {int(first_bad)}; "
@@ -442,7 +440,7 @@ def train(args, rank, world_size, device, until=None):
 
     def save():
         stop_if_not_finite()
-        unreadable.add(sum(gather(sorted(unreadable.known)), []))
+        unreadable.add(sum(gather(sorted(unreadable.known)), []), report=False)  # other ranks have named theirs
         states = gather(random_state(device))
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "usage": usage,
@@ -708,13 +706,16 @@ def quick(args, device):
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
 
 
+def blur_pil(image):
+    return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
+
+
 class UsualImages(Dataset):
     """The usual pipeline: every view of an image made by torchvision from PIL, in the worker."""
 
     def __init__(self, paths, args):
         t = torchvision.transforms
-        jitter = t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-        blur = t.RandomApply([t.GaussianBlur(13, (0.1, 2.0))], 0.5)
+        jitter, blur = t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), t.RandomApply([blur_pil], 0.5)
 
         def views(size, scale):
             return t.Compose([t.RandomResizedCrop(size, scale), t.RandomHorizontalFlip(), jitter,

@@ -11,6 +11,7 @@ import pytest
 import mnist_corner
 import pmsn
 import toy_kmeans
+import train_inat
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -31,9 +32,11 @@ def test_first_block_sets_up_and_runs_the_main_job():
 
 @pytest.mark.parametrize("command", sorted({c for c in COMMANDS if ".py" in c}))
 def test_commands_are_understood(command, tmp_path):
-    python, script, *arguments = shlex.split(command)
-    module = {"mnist_corner.py": mnist_corner, "toy_kmeans.py": toy_kmeans}[script]
-    assert python == "python"
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, arguments = words[place], words[place + 1 :]
+    module = {"mnist_corner.py": mnist_corner, "toy_kmeans.py": toy_kmeans, "train_inat.py": train_inat}[script]
+    assert words[:place] == ["python"] or words[0] == "torchrun"
     module.check(module.parse([*arguments, "--out", str(tmp_path)]))
 
 
@@ -60,7 +63,7 @@ def test_names_in_the_readme_exist():
     names = set(re.findall(r"`(?:pmsn\.)?([A-Za-z_]\w+)`", table))
     assert names
     for name in names:
-        assert any(hasattr(module, name) for module in (pmsn, mnist_corner, toy_kmeans)), name
+        assert any(hasattr(module, name) for module in (pmsn, mnist_corner, toy_kmeans, train_inat)), name
 
 
 def test_pmsn_imports_torch_and_the_standard_library_only():

@@ -251,6 +251,11 @@ def test_killed_at_random_steps_ends_with_the_same_bits(workers, data, undisturb
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 16))
 
 
+def test_checkpointed_activations_change_no_bit(data, undisturbed, tmp_path):
+    finish(run("--data", data, "--out", tmp_path, "--checkpoint_activations"))
+    assert_same_run(tmp_path, undisturbed)
+
+
 def metrics(out):
     file = out / "metrics.jsonl"
     lines = file.read_text().splitlines(True) if file.exists() else []
@@ -402,6 +407,8 @@ def test_bad_input_is_named(arguments, message, data, tmp_path):
 
 
 def test_folders_without_images_are_named(tmp_path):
+    with pytest.raises(train_inat.UserError, match="has no class folders"):
+        train_inat.find_images(tmp_path)
     (tmp_path / "a").mkdir()
     with pytest.raises(train_inat.UserError, match="has class folders but no images in them"):
         train_inat.find_images(tmp_path)
