@@ -1,0 +1,568 @@
+"""What class-imbalanced mini-batches do to seven methods (table 1 and figure 5 of the paper).
+
+The same images, the same number of images of every class, only the composition of mini-batches changes: all classes in
+a batch, or few. Methods with a volume term (SimCLR, VICReg, SwAV, MSN) spread every batch; one that holds two classes
+is then spread by something else than the class. MAE and data2vec have no such term. PMSN's prior can follow the batch.
+
+    python imbalance.py                       # embedded data, no download
+    python imbalance.py --data CIFAR10        # downloaded by torchvision to --root; or a folder of class folders
+    python imbalance.py --quick               # the same path end to end
+
+One vision transformer, one training loop, one linear probe on frozen features, for all. Writes results.json and
+imbalance.png to --out.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.transforms import v2
+
+import pmsn
+
+VOLUME, NO_VOLUME = ("SimCLR", "VICReg", "SwAV", "MSN"), ("MAE", "data2vec")
+METHODS = (*VOLUME, "PMSN", *NO_VOLUME)
+BASELINES = ("random encoder", "raw pixels")
+TASKS = {"class": "semantic", "luminance": "low-level", "colour": "low-level", "orientation": "low-level"}
+SIZE, PATCH = 32, 8  # pixels
+
+
+class UserError(Exception):
+    """Something the user can put right: one line, exit status 2."""
+
+
+# ---- Data: images, their class, and what is low-level about them -----------------------------------------------------
+
+
+def drawn_images(count, seed):
+    """Ten classes of shapes, equally many of each: uint8 (N, 3, 32, 32), classes (N,).
+
+    A class is a number of lobes (none, 2, 3, 4, 5), filled or a ring. Colours, place, size, turn and a grating behind
+    the shape know nothing of it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
+
+    classes = torch.arange(count) % 10
+    lobes, ring = torch.tensor([0, 2, 3, 4, 5])[classes % 5, None, None], (classes >= 5)[:, None, None]
+    y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    across, down = x - uniform(12, 20), y - uniform(12, 20)
+    edge = uniform(8, 11) * (1 + 0.35 * torch.cos(lobes * (torch.atan2(down, across) + uniform(0, 2 * math.pi))))
+    radius = (across**2 + down**2).sqrt()
+    shape = torch.sigmoid(2 * (edge - radius)) * torch.where(ring, torch.sigmoid(2 * (radius - 0.55 * edge)), 1.0)
+    angle = uniform(0, math.pi)
+    grating = torch.sin((x * angle.cos() + y * angle.sin()) * uniform(0.6, 1.2) + uniform(0, 2 * math.pi))
+    behind = uniform(0.15, 0.85, 3) + uniform(0.05, 0.15)[:, None] * grating[:, None]
+    images = torch.lerp(behind, uniform(0, 1, 3).expand_as(behind), shape[:, None])
+    return (255 * images.clamp(0, 1)).to(torch.uint8), classes
+
+
+def load_images(args, train):
+    """Images uint8 (N, 3, 32, 32) and classes (N,) of --data."""
+    if args.data == "drawn":
+        return drawn_images(args.images if train else args.images // 4, 2 * args.data_seed + (not train))
+    if args.data == "CIFAR10":
+        try:
+            data = torchvision.datasets.CIFAR10(args.root, train=train, download=True)
+        except Exception as error:  # whatever the network or the disk answers
+            raise UserError(f"CIFAR10 could not be downloaded to {args.root}: {error}; the default --data needs no "
+                            "download") from None
+        images, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    else:
+        images, classes = load_folder(Path(args.data), train)
+    generator = torch.Generator().manual_seed(2 * args.data_seed + (not train))
+    kept = torch.randperm(len(images), generator=generator)[: args.images if train else args.images // 4]
+    return images[kept], classes[kept]
+
+
+def load_folder(folder, train):
+    """Images of folder/train and folder/test; without these, of the folder, every fifth held out."""
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: neither drawn, CIFAR10 nor a folder that exists")
+    split = folder / ("train" if train else "test")
+    try:
+        data = torchvision.datasets.ImageFolder(split if split.is_dir() else folder)
+    except FileNotFoundError as error:
+        raise UserError(f"--data {folder}: {error}") from None
+    numbers = range(len(data)) if split.is_dir() else [i for i in range(len(data)) if (i % 5 > 0) == train]
+    images = []
+    for i in numbers:
+        try:
+            image = data[i][0]
+        except OSError as error:
+            raise UserError(f"cannot read {data.samples[i][0]}: {error}") from None
+        images.append(v2.functional.pil_to_tensor(image.convert("RGB").resize((SIZE, SIZE))))
+    return torch.stack(images), torch.tensor([data.targets[i] for i in numbers])
+
+
+def low_level(images):
+    """What a view keeps and the class does not decide, of (N, 3, H, W) uint8: {name: numbers (N,)}.
+
+    Mean luminance; mean colour (red minus blue); dominant orientation of edges, 0 (vertical) to pi/2 (horizontal),
+    the same in the mirror, by the structure tensor."""
+    images = images.float() / 255
+    grey = images.mean(dim=1)
+    dx, dy = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    twice = torch.atan2(2 * (dx * dy).sum(dim=(1, 2)), (dx**2 - dy**2).sum(dim=(1, 2)))
+    return {"luminance": grey.mean(dim=(1, 2)), "colour": (images[:, 0] - images[:, 2]).mean(dim=(1, 2)),
+            "orientation": twice.abs() / 2}
+
+
+def in_bins(values, training_values, bins=5):
+    """Numbers (N,) to 0..bins-1, equally many training values in each."""
+    return torch.bucketize(values, training_values.quantile(torch.arange(1, bins) / bins))
+
+
+# ---- Methods: each a module, forward(images) -> loss -----------------------------------------------------------------
+
+
+def make_encoder():
+    return pmsn.VisionTransformer(image_size=SIZE, patch_size=PATCH, embed_dim=96, depth=4, num_heads=3)
+
+
+def two_views(images):
+    """Two views of every image, as all methods see them: random crop, flip, colour jitter, greyscale."""
+    return pmsn.multi_crop(images, rand_size=SIZE, focal_views=0, rand_scale=(0.3, 1.0), blur_p=0.0)
+
+
+class TwoViews(nn.Module):
+    """SimCLR, VICReg and SwAV: two views through one encoder and head, a loss of `pmsn.py` on the embeddings."""
+
+    def __init__(self, loss, output_dim=128, prototypes=None):
+        super().__init__()
+        self.encoder, self.loss = make_encoder(), loss
+        self.head = pmsn.projection_head(self.encoder.embed_dim, 256, output_dim)
+        self.prototypes = None if prototypes is None else nn.Parameter(torch.randn(prototypes, output_dim))
+
+    def forward(self, images):
+        first, second = self.head(self.encoder(torch.cat(two_views(images)))).chunk(2)
+        return self.loss(first, second, *([] if self.prototypes is None else [self.prototypes]))[0]
+
+    def update_target(self, momentum):
+        """Nothing: there is no target network."""
+
+
+class MSN(pmsn.PMSN):
+    """MSN: PMSN with the uniform prior. With `present`, the share of the classes that a batch holds, PMSN with a prior
+    that follows the batch: that share of the prototypes, whichever are used most in the batch, gets 95% of the images.
+
+    Which prototypes these are differs from batch to batch, so pi is sorted as p_bar is, batch by batch."""
+
+    def __init__(self, prototypes=50, present=1.0):
+        encoder = make_encoder()
+        super().__init__(encoder, pmsn.uniform_prior(prototypes), patch_drop=0.15,
+                         head=pmsn.projection_head(encoder.embed_dim, 256, 256))
+        self.batch_prior = batch_prior(prototypes, present)
+
+    def forward(self, images):
+        views = two_views(images)
+        if self.batch_prior.min() < self.batch_prior.max():
+            with torch.no_grad():
+                embeddings = self.target_head(self.target_encoder(views[0]))
+                used = pmsn.log_predictions(embeddings, self.prototypes, 0.1).exp().mean(dim=0)
+            self.prior[used.argsort(descending=True)] = self.batch_prior.to(used)
+        return super().forward(views)[0]
+
+
+def batch_prior(prototypes, present, share=0.95):
+    """Prior (K,), sorted, of a batch that holds the share `present` of the classes; uniform if it holds all."""
+    many = max(1, round(prototypes * present))
+    if many == prototypes:
+        return pmsn.uniform_prior(prototypes)
+    counts = torch.full((prototypes,), (1 - share) / (prototypes - many))
+    counts[:many] = share / many
+    return pmsn.class_prior(counts)
+
+
+def patches(images):
+    """(B, 3, H, W) -> (B, N, 3 * PATCH^2), in the order of the encoder's tokens."""
+    return F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+
+
+class MAE(nn.Module):
+    """Masked autoencoder (He et al., 2022): from a quarter of the patches, the pixels of the others.
+
+    Pixels are normalised by each patch's mean and standard deviation; a decoder of one block."""
+
+    def __init__(self, masked=0.75, width=64):
+        super().__init__()
+        self.encoder, self.masked = make_encoder(), masked
+        tokens = self.encoder.grid[0] * self.encoder.grid[1]
+        self.narrow = nn.Linear(self.encoder.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.place = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.decoder = nn.Sequential(pmsn.Block(width, 4), nn.LayerNorm(width), nn.Linear(width, 3 * PATCH**2))
+
+    def forward(self, images):
+        images = two_views(images)[0]
+        tokens = self.encoder.embed_patches(images)
+        kept, indices = pmsn.drop_patches(tokens, self.masked)
+        encoded = self.narrow(run_blocks(self.encoder, kept)[-1])  # (B, kept, width)
+        full = self.mask_token.expand(len(images), tokens.shape[1], -1).scatter(
+            1, indices[:, :, None].expand_as(encoded), encoded)
+        return mae_loss(self.decoder(full + self.place), patches(images), indices)
+
+    def update_target(self, momentum):
+        """Nothing: there is no target network."""
+
+
+def mae_loss(predictions, pixels, kept):
+    """Mean squared error on the patches that were not `kept` (B, n), each normalised by itself; (B, N, P) twice."""
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+    error = (predictions - (pixels - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)  # (B, N)
+    hidden = torch.ones_like(error).scatter(1, kept, 0.0)
+    return (error * hidden).sum() / hidden.sum()
+
+
+def run_blocks(encoder, tokens):
+    """Outputs of every block, without CLS, the last one normalised too: a list of (B, n, dim)."""
+    cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+    x, outputs = torch.cat([cls, tokens], dim=1), []
+    for block in encoder.blocks:
+        x = block(x)
+        outputs.append(x[:, 1:])
+    return [*outputs, encoder.norm(x)[:, 1:]]
+
+
+class Data2Vec(nn.Module):
+    """data2vec (Baevski et al., 2022): from a masked image, the target network's features of the hidden patches.
+
+    Targets are the mean of its top blocks' outputs, each normalised over its features; the target sees all patches."""
+
+    def __init__(self, masked=0.6, top=3):
+        super().__init__()
+        self.encoder, self.masked, self.top = make_encoder(), masked, top
+        self.mask_token = nn.Parameter(torch.randn(self.encoder.embed_dim) * 0.02)
+        self.head = nn.Linear(self.encoder.embed_dim, self.encoder.embed_dim)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, images):
+        images = two_views(images)[0]
+        tokens = self.encoder.embed_patches(images)
+        position = self.encoder.pos_embed[:, 1:]
+        hidden = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1).argsort(dim=1)
+        hidden = hidden < self.masked * tokens.shape[1]  # (B, N)
+        predictions = self.head(run_blocks(self.encoder, torch.where(
+            hidden[..., None], self.mask_token + position, tokens))[-1])
+        with torch.no_grad():
+            outputs = run_blocks(self.target_encoder, self.target_encoder.embed_patches(images))[:-1]
+        return data2vec_loss(predictions, outputs[-self.top :], hidden)
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        for old, new in zip(self.target_encoder.parameters(), self.encoder.parameters()):
+            old.lerp_(new, 1 - momentum)
+
+
+def data2vec_loss(predictions, outputs, hidden):
+    """Mean squared error on `hidden` patches (B, N) to the mean of normalised block outputs, (B, N, dim) each."""
+    targets = sum(F.layer_norm(x, x.shape[-1:]) for x in outputs) / len(outputs)
+    targets = F.layer_norm(targets, targets.shape[-1:])
+    return (predictions - targets).square().mean(dim=-1)[hidden].mean()
+
+
+def make_method(name, present):
+    """A method by its name; `present` is the share of the classes that a batch holds."""
+    return {"SimCLR": lambda: TwoViews(pmsn.simclr_loss),
+            "VICReg": lambda: TwoViews(pmsn.vicreg_loss, output_dim=256),
+            "SwAV": lambda: TwoViews(pmsn.swav_loss, prototypes=50),
+            "MSN": MSN,
+            "PMSN": lambda: MSN(present=present),
+            "MAE": MAE,
+            "data2vec": Data2Vec}[name]()
+
+
+# ---- Training and measuring ------------------------------------------------------------------------------------------
+
+RATES = {"SimCLR": 1e-3, "VICReg": 1e-3, "SwAV": 1e-3, "MSN": 1e-3, "PMSN": 1e-3, "MAE": 1e-3, "data2vec": 1e-3}
+
+
+def train(name, images, classes, classes_per_batch, args, seed, report):
+    """The encoder that `name` learns from mini-batches of `classes_per_batch` classes; labels compose batches only."""
+    torch.manual_seed(seed)
+    number = len(classes.unique())
+    method = make_method(name, classes_per_batch / number).to(images.device)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], weight_decay=0.05)
+    batches = pmsn.ClassBatchSampler(classes, args.batch_size, classes_per_batch, seed=seed)
+    steps, step, losses = args.epochs * len(batches), 0, []
+    for epoch in range(args.epochs):
+        batches.set_epoch(epoch)
+        for batch in batches:
+            rate = args.lr or RATES[name]
+            optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / (0.1 * steps)) * (
+                0.5 + 0.5 * math.cos(math.pi * step / steps))
+            loss = method(images[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(method.parameters(), 3.0)
+            optimizer.step()
+            method.update_target(0.99)
+            losses.append(loss.detach())
+            step += 1
+        report(torch.stack(losses[-len(batches) :]).mean().item())
+    return method.encoder
+
+
+@torch.no_grad()
+def features(encoder, images):
+    """Frozen features (N, 2 dim): the last layer's CLS and its mean over patches; without encoder, 16 x 16 pixels."""
+    images = torchvision.transforms.functional.normalize(
+        images.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    if encoder is None:
+        return F.avg_pool2d(images, 2).flatten(1)
+    encoder.eval()
+    return torch.cat([torch.cat([encoder(x), run_blocks(encoder, encoder.embed_patches(x))[-1].mean(dim=1)], dim=1)
+                      for x in images.split(500)])
+
+
+def linear_probe(x, labels, test_x, test_labels):
+    """Test accuracy of ridge regression onto one-hot labels, its strength chosen on a fifth of the training images."""
+    deviation, mean = torch.std_mean(x, dim=0)
+    x, test_x = (F.pad((z - mean) / (deviation + 1e-6), (0, 1), value=1.0).cpu().double() for z in (x, test_x))
+    y, labels, test_labels = F.one_hot(labels).cpu().double(), labels.cpu(), test_labels.cpu()
+
+    def accuracy(fit, scored, targets, strength):
+        gram = x[fit].T @ x[fit] / len(x[fit]) + strength * torch.eye(x.shape[1], dtype=x.dtype)
+        weights = torch.linalg.solve(gram, x[fit].T @ y[fit])
+        return ((scored @ weights).argmax(dim=1) == targets).double().mean().item()
+
+    held_out = torch.arange(len(x)) % 5 == 0
+    best = max((1e-4, 1e-3, 1e-2, 1e-1, 1.0), key=lambda s: accuracy(~held_out, x[held_out], labels[held_out], s))
+    return accuracy(slice(None), test_x, test_labels, best)
+
+
+def measure(encoder, data):
+    """Accuracy of the linear probe for every task."""
+    x, test_x = features(encoder, data["train"][0]), features(encoder, data["test"][0])
+    return {task: linear_probe(x, data["train"][1][task], test_x, data["test"][1][task]) for task in TASKS}
+
+
+def load_data(args, device):
+    """{"train": (images, {task: labels}), "test": ...}; the bins of low-level tasks are those of training images."""
+    images, classes = load_images(args, True)
+    test_images, test_classes = load_images(args, False)
+    numbers, test_numbers = low_level(images), low_level(test_images)
+    labels = {"class": classes, **{task: in_bins(x, x) for task, x in numbers.items()}}
+    test_labels = {"class": test_classes, **{task: in_bins(x, numbers[task]) for task, x in test_numbers.items()}}
+    return {"train": (images.to(device), labels), "test": (test_images.to(device), test_labels)}
+
+
+def marginals(classes, classes_per_batch, batch_size):
+    """Share of each class over an epoch of mini-batches, (C,), and the numbers of classes in a batch that occurred."""
+    batches = [classes[torch.tensor(b)] for b in pmsn.ClassBatchSampler(classes, batch_size, classes_per_batch)]
+    share = torch.bincount(torch.cat(batches)).double() / sum(map(len, batches))
+    return share, sorted({len(batch.unique()) for batch in batches})
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+
+
+def mean_std(values):
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def drop(scores, method, kind):
+    """What imbalanced mini-batches cost, for each seed: balanced minus imbalanced, mean over the tasks of a kind."""
+    tasks = [task for task in TASKS if TASKS[task] == kind]
+    balanced, imbalanced = (scores[method][sampling] for sampling in ("balanced", "imbalanced"))
+    return [float(np.mean([b[task] - i[task] for task in tasks])) for b, i in zip(balanced, imbalanced)]
+
+
+def summarise(scores):
+    """Means and deviations over seeds, who learned, and the difference of differences; plain numbers for json."""
+    table = {}
+    chance = [run["class"] for run in scores["random encoder"]["balanced"]]
+    for method in (m for m in METHODS if m in scores):
+        cells = {sampling: {task: mean_std([run[task] for run in runs]) for task in TASKS}
+                 for sampling, runs in scores[method].items()}
+        gain = [run["class"] - c for run, c in zip(scores[method]["balanced"], chance)]
+        table[method] = {**cells, "drop": {kind: mean_std(drop(scores, method, kind)) for kind in
+                                           ("semantic", "low-level")},
+                         "gain_over_random": mean_std(gain), "learned": float(np.mean(gain)) >= 0.05}
+    groups = [[m for m in group if m in table and table[m]["learned"]] for group in (VOLUME, NO_VOLUME)]
+    claim = None
+    if all(groups):
+        means = [np.mean([drop(scores, m, "semantic") for m in group], axis=0) for group in groups]
+        claim = {"volume": groups[0], "no_volume": groups[1], "drop_volume": mean_std(means[0]),
+                 "drop_no_volume": mean_std(means[1]), "difference": mean_std(means[0] - means[1])}
+    return {"methods": table, "claim": claim,
+            "baselines": {name: {task: mean_std([run[task] for run in scores[name]["balanced"]]) for task in TASKS}
+                          for name in BASELINES}}
+
+
+def text(cell, digits=1):
+    """A mean and deviation in percentage points."""
+    spread = "" if cell["std"] is None else f" ± {100 * cell['std']:.{digits}f}"
+    return f"{100 * cell['mean']:.{digits}f}{spread}"
+
+
+def print_results(summary, classes_per_batch):
+    print(f"\nlinear probe, accuracy in %, mean ± std over seeds; imbalanced: {classes_per_batch} classes a batch")
+    print(f"{'':<15} {'class':<40} {'low-level, mean drop':>20}")
+    print(f"{'method':<15} {'balanced':>12} {'imbalanced':>12} {'drop':>12}")
+    for method, row in summary["methods"].items():
+        print(f"{method:<15} {text(row['balanced']['class']):>12} {text(row['imbalanced']['class']):>12} "
+              f"{text(row['drop']['semantic']):>12} {text(row['drop']['low-level']):>22}"
+              + ("" if row["learned"] else "   did not learn here: less than 5 points over the random encoder"))
+    for name, row in summary["baselines"].items():  # the classes' column, then the other tasks
+        print(f"{name:<15} {text(row['class']):>12}   " + "  ".join(
+            f"{task} {text(cell)}" for task, cell in row.items() if task != "class"))
+    claim = summary["claim"]
+    if claim is None:
+        print("the claim needs a method with a volume term and one without that learned")
+    else:
+        print(f"drop of {', '.join(claim['volume'])}: {text(claim['drop_volume'])}; of "
+              f"{', '.join(claim['no_volume'])}: {text(claim['drop_no_volume'])}; difference of differences "
+              f"{text(claim['difference'])} points")
+
+
+def write_whole(path, write):
+    """Call write(temporary path) and move the result to `path`, so that `path` is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot(summary, path):
+    """Fig. 5: what imbalanced mini-batches change, for the class and for what is low-level."""
+    methods = list(summary["methods"])
+    colours = ["#30638e" if m in VOLUME else "#d1495b" if m == "PMSN" else "#5c5c5c" for m in methods]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for ax, kind in zip(axes, ("semantic", "low-level")):
+        cells = [summary["methods"][m]["drop"][kind] for m in methods]
+        ax.bar(methods, [-100 * c["mean"] for c in cells], yerr=[100 * (c["std"] or 0) for c in cells], color=colours,
+               capsize=3)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_title({"semantic": "class (semantic)", "low-level": "luminance, colour, orientation (low-level)"}[kind])
+        ax.set_xticks(range(len(methods)), [m if summary["methods"][m]["learned"] else f"{m}\n(did not learn)"
+                                            for m in methods])
+        ax.tick_params(axis="x", labelrotation=30)
+    axes[0].set_ylabel("accuracy, imbalanced minus balanced\nmini-batches (points)")
+    claim = summary["claim"]
+    figure.suptitle("Few classes a mini-batch: what a linear probe loses" if claim is None else "Few classes a "
+                    f"mini-batch cost methods with a volume term (blue) {text(claim['difference'])} points more of the "
+                    "class\nthan methods without (grey)")
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    plt.close(figure)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--data", default="drawn", help="drawn, CIFAR10 or a folder of class folders, or of `train` and `test` "
+        "(default: drawn)")
+    add("--root", default="data", help="where torchvision finds or puts CIFAR10 (default: data)")
+    add("--out", type=Path, default="runs/imbalance", help="folder for results (default: runs/imbalance)")
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all seven")
+    add("--seeds", type=int, nargs="+", default=[0], help="of weights and batches (default: 0)")
+    add("--data_seed", type=int, default=0, help="which images (default: 0)")
+    add("--classes_per_batch", type=int, default=2, help="of an imbalanced mini-batch (default: 2)")
+    add("--images", type=int, default=5000, help="training images, at most; a quarter as many to test (default: 5000)")
+    add("--epochs", type=int, default=20, help="default: 20")
+    add("--batch_size", type=int, default=128, help="default: 128")
+    add("--lr", type=float, help="learning rate of every method (default: each method's own)")
+    add("--quick", action="store_true", help="the same path with few images, 1 epoch")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.images, args.epochs, args.batch_size, args.seeds = min(args.images, 500), 1, 50, args.seeds[:1]
+    return args
+
+
+def check(args):
+    """UserError for what is wrong with the arguments."""
+    for name, low in (("classes_per_batch", 1), ("images", 200), ("epochs", 1), ("batch_size", 4)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name} must be at least {low}, got {getattr(args, name)}")
+    if args.batch_size > args.images:
+        raise UserError(f"--batch_size {args.batch_size} is larger than the data set of {args.images} --images")
+    if args.lr is not None and not args.lr > 0:
+        raise UserError(f"--lr must be positive, got {args.lr}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+
+
+def main(argv=None):
+    args = parse(argv)
+    check(args)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    data = load_data(args, device)
+    images, classes = data["train"][0], data["train"][1]["class"]
+    number = len(classes.unique())
+    samplings = {"balanced": number, "imbalanced": args.classes_per_batch}
+    try:
+        for sampling, count in samplings.items():
+            share, present = marginals(classes, count, args.batch_size)
+            print(f"{sampling:<10} mini-batches of {args.batch_size}: {present} of {number} classes each, class shares "
+                  f"over an epoch {share.min():.3f}..{share.max():.3f}")
+    except ValueError as error:
+        raise UserError(f"--classes_per_batch {args.classes_per_batch}: {error}") from None
+    print(f"{len(images)} images of {args.data}, {device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
+
+    scores = {name: {sampling: [] for sampling in samplings} for name in args.methods}
+    scores.update({name: {"balanced": []} for name in BASELINES})
+    began, done, epochs = time.time(), 0, len(args.seeds) * len(args.methods) * 2 * args.epochs
+
+    def report(loss):
+        nonlocal done
+        done += 1
+        left = round((time.time() - began) / done * (epochs - done))
+        print(f"{seed:>4} {name:<9} {sampling:<10} {(done - 1) % args.epochs + 1:>5} {loss:>9.4f} "
+              f"{left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+
+    print(f"{'seed':>4} {'method':<9} {'batches':<10} {'epoch':>5} {'loss':>9} {'left':>9}")
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        scores["random encoder"]["balanced"].append(measure(make_encoder().to(device), data))
+        scores["raw pixels"]["balanced"].append(measure(None, data))
+        for name in args.methods:
+            for sampling, count in samplings.items():
+                encoder = train(name, images, classes, count, args, seed, report)
+                scores[name][sampling].append(measure(encoder, data))
+        summary = summarise(scores)
+        config = {**vars(args), "out": str(args.out), "device": device, "threads": torch.get_num_threads(),
+                  "torch": torch.__version__, "python": platform.python_version()}
+        content = json.dumps({"config": config, "scores": scores, "summary": summary}, indent=1)
+        write_whole(args.out / "results.json", lambda temporary: temporary.write_text(content))
+        plot(summary, args.out / "imbalance.png")
+    print_results(summary, args.classes_per_batch)
+    print(f"\n{args.out}: results.json imbalance.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"imbalance.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nimbalance.py: stopped; results of finished seeds are kept", file=sys.stderr)
+        sys.exit(130)
