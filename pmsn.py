@@ -32,6 +32,7 @@ samplers, evaluation. The file trains nothing and touches no files; the scripts 
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections import OrderedDict
@@ -431,7 +432,7 @@ def multi_crop(images, sizes=None, *, rand_views=1, focal_views=10, rand_size=22
         raise ValueError(f"images must be (B, 3, H, W), uint8 or floats, got {tuple(images.shape)}, {images.dtype}")
     if rand_views < 1 or focal_views < 0:
         raise ValueError(f"rand_views must be at least 1, focal_views at least 0, got {rand_views} and {focal_views}")
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
+    mean, std = (constant(tuple(x), images.device).view(3, 1, 1) for x in (mean, std))
     several = 8 if images.device.type == "cpu" else max(len(images), 1)  # eight at once stay in a CPU's cache
     parts = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in images.split(several)]  # in memory (B, H, 3, W)
     parts = [x.float().div_(255) if x.dtype == torch.uint8 else x for x in parts]
@@ -455,13 +456,19 @@ def multi_crop(images, sizes=None, *, rand_views=1, focal_views=10, rand_size=22
     return [*rand, views(focal_views, focal_size, focal_scale)] if focal_views else [*rand]
 
 
+@functools.cache
+def constant(values, device):
+    """A tuple of numbers as a float32 tensor, copied to the device once: copying stalls an accelerator."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def random_boxes(images, scale, sizes=None, ratio=(3 / 4, 4 / 3), attempts=10):
     """Boxes (B, 4) = top, left, height, width in pixels, drawn as torchvision's RandomResizedCrop draws them.
 
     Area share uniform in `scale`, aspect ratio log-uniform in `ratio`; the first of `attempts` draws that fits
     counts. Where none fits: the largest centred box whose ratio is allowed. With `sizes` (B, 2), the heights and
     widths before images were stretched to one size, boxes are drawn in the originals and stretched like these."""
-    stored = torch.tensor(images.shape[2:], dtype=torch.float32, device=images.device)
+    stored = constant(tuple(images.shape[2:]), images.device)
     sizes = stored.expand(len(images), 2) if sizes is None else sizes.to(stored)
     height, width = sizes[:, :1], sizes[:, 1:]
     draw = torch.rand(4, len(images), attempts, device=images.device)
@@ -542,7 +549,7 @@ def turn_hue(images, turn):
     chroma = high - low
     from_red = (high + g + b - r - 2 * low) / (6 * chroma).clamp_min(1e-8)  # along the circle, 0 to 1/2
     hue = torch.copysign(from_red, g - b) + turn
-    away = hue - torch.tensor([0, 1 / 3, 2 / 3], device=images.device, dtype=images.dtype).view(3, 1, 1)
+    away = hue - constant((0, 1 / 3, 2 / 3), images.device).to(images.dtype).view(3, 1, 1)
     away = away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)  # a channel is high near its own hue, low far from it
     return torch.addcmul(low + 2 * chroma, chroma, away, value=-6)
 

@@ -9,7 +9,7 @@
     python train_inat.py --benchmark                                   # where the time goes, here
 
 PATH is iNat18 as it is distributed (train2018.json, val2018.json, train_val2018/...) or a folder of class folders, or
-one that holds `train` and `val` (or `test`), folders of class folders. Labels measure results; training sees none.
+one that holds `train` and `val` (or `test`), folders of class folders. Labels measure results; in training they serve --prior classes and --long_tail alone.
 
 Workers decode each image once and stretch it to a square of uint8; all views of a batch are made on the device by
 `pmsn.multi_crop`, from crop boxes drawn in the original image. Started again with the same --out, training goes on
@@ -71,8 +71,10 @@ def find_images(data, long_tail=None, seed=0):
     training, validation = find_splits(Path(data))
     if long_tail is not None:
         paths, labels = training
-        prior = pmsn.power_law_prior(int(labels.max()) + 1, long_tail)
-        kept = pmsn.long_tail_indices(labels, prior, seed=seed)
+        try:
+            kept = pmsn.long_tail_indices(labels, pmsn.power_law_prior(int(labels.max()) + 1, long_tail), seed=seed)
+        except ValueError as error:
+            raise UserError(f"--long_tail {long_tail}: {error}") from None
         training = [paths[i] for i in kept], labels[kept]
     return training, validation
 
@@ -99,7 +101,8 @@ def read_inat(data, file, numbers):
     try:
         content = json.loads(file.read_text())
         category = {a["image_id"]: a["category_id"] for a in content["annotations"]}
-        numbers.update({} if numbers else {c: i for i, c in enumerate(sorted(set(category.values())))})
+        if not numbers:
+            numbers.update({c: i for i, c in enumerate(sorted(set(category.values())))})
         images = [(str(data / image["file_name"]), numbers[category[image["id"]]]) for image in content["images"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not as iNaturalist distributes it: {type(error).__name__} {error}") from None
@@ -131,7 +134,8 @@ class Images(Dataset):
     An unreadable image is replaced by the next one that can be read; its index says which that is."""
 
     def __init__(self, paths, size):
-        self.paths, self.size = np.array(paths, dtype=np.bytes_), size  # one array: forked workers do not copy it
+        self.paths = np.array([os.fsencode(path) for path in paths])  # one array: forked workers do not copy it
+        self.size = size
 
     def __len__(self):
         return len(self.paths)
@@ -142,7 +146,7 @@ class Images(Dataset):
             i %= len(self)
             try:
                 return *decode(os.fsdecode(self.paths[i]), self.size), i, unreadable
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            except Exception:  # PIL raises whatever a damaged file leads it to
                 unreadable.append(i)
         return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), torch.tensor([1, 1]), index, unreadable
 
@@ -153,7 +157,7 @@ def collate(samples):
 
 
 def ignore_signals(_):
-    """Workers leave SIGTERM and Ctrl-C to the process that trains, which ends them itself (see the last lines)."""
+    """Workers leave SIGTERM and Ctrl-C to the process that trains, which ends them itself (`load`, `give_up`)."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
 
@@ -164,7 +168,7 @@ def load(images, batches, workers):
     With a random generator of its own: the views' random state does not depend on when loading started."""
     yield from DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                           pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
-                          worker_init_fn=ignore_signals, prefetch_factor=4 if workers else None)
+                          worker_init_fn=ignore_signals, prefetch_factor=2 if workers else None)
 
 
 class Batches:
@@ -230,6 +234,8 @@ def schedules(args, steps_an_epoch):
 def make_prior(args, labels):
     if args.prior == "classes":  # one prototype a class
         counts = torch.bincount(labels)
+        if (counts > 0).sum() < 2:
+            raise UserError("--prior classes needs images of at least two classes")
         return pmsn.class_prior(counts[counts > 0])
     return pmsn.power_law_prior(args.prototypes, args.exponent if args.prior == "power_law" else 0.0)
 
@@ -247,6 +253,12 @@ def make_model(args, prior):
     hidden = 2048 if args.model != "vit_micro" else 512
     return pmsn.PMSN(encoder, prior, head=pmsn.projection_head(encoder.embed_dim, hidden), patch_drop=args.patch_drop,
                      sinkhorn_iterations=args.sinkhorn_iterations, relative_sharpening=args.relative_sharpening)
+
+
+def compile_encoders(model):
+    """In place, for each view size: with dynamic shapes the backward of the position embedding's resize would fail."""
+    for encoder in (model.encoder, model.target_encoder):
+        encoder.compile(dynamic=False)
 
 
 def make_optimizer(model, device):
@@ -276,7 +288,7 @@ def optimise(model, optimizer, args, pixels, sizes, device):
     KL(p_bar || pi) of the batch is not the mean of its parts' KLs. So p_bar of the whole batch is found first, without
     gradients, with the random numbers of the pass that follows; each part's KL is then linear in its own p, at that
     p_bar (see `pmsn_loss`), and value and gradient are those of the whole batch. BatchNorm and Sinkhorn do work on
-    parts. Costs one more forward pass."""
+    parts. Costs one more forward pass, views included."""
     parts = list(zip(pixels.chunk(args.accumulate), sizes.chunk(args.accumulate)))
     p_bar = None
     if len(parts) > 1:
@@ -285,16 +297,16 @@ def optimise(model, optimizer, args, pixels, sizes, device):
     optimizer.zero_grad()
     sums = None
     for number, part in enumerate(parts, 1):
-        alone = not isinstance(model, nn.parallel.DistributedDataParallel)
-        with contextlib.nullcontext() if alone or number == len(parts) else model.no_sync():
+        last = number == len(parts) or not hasattr(model, "no_sync")
+        with contextlib.nullcontext() if last else model.no_sync():
             with autocast(args, device):
                 loss, terms = model(make_views(args, *part), mean_prediction=p_bar)
             (loss / len(parts)).backward()
         terms = {"loss": loss.detach(), **terms}
         sums = terms if sums is None else {name: sums[name] + terms[name] for name in sums}
-    nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
-    return {name: total / len(parts) for name, total in sums.items()}
+    return {"norm": norm, **{name: total / len(parts) for name, total in sums.items()}}
 
 
 # ---- Processes, random state, checkpoints ----------------------------------------------------------------------------
@@ -310,21 +322,18 @@ def start_processes():
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu")
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return rank, world_size, device
 
 
-def gather(value, group=None):
+def gather(value):
     """A picklable value of every rank, as a list."""
     if pmsn.world_size() == 1:
         return [value]
     values = [None] * pmsn.world_size()
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value)
     return values
-
-
-def fork_random(device):
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def random_state(device):
@@ -338,6 +347,16 @@ def restore_random(states, device):
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(states[device.type])
+
+
+@contextlib.contextmanager
+def fork_random(device):
+    """Inside, random numbers are drawn that the code after it will draw again."""
+    states = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random(states, device)
 
 
 def write_whole(path, write, previous=None):
@@ -359,7 +378,7 @@ def write_whole(path, write, previous=None):
 
 
 def load_checkpoint(out):
-    """The newest whole checkpoint of a folder, None if there is none."""
+    """The newest checkpoint of a folder, None if there is none."""
     for name in ("checkpoint.pt", "checkpoint_previous.pt"):
         if (out / name).exists():
             return read_checkpoint(out / name)
@@ -368,11 +387,15 @@ def load_checkpoint(out):
 
 def read_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # whatever torch.load makes of a damaged or foreign file
-        raise UserError(f"{path} is not a checkpoint of this script: {str(error).splitlines()[0]}") from None
+    except Exception:  # whatever torch.load makes of a damaged or foreign file
+        state = None
+    if not isinstance(state, dict) or "settings" not in state:
+        raise UserError(f"{path} is not a whole checkpoint of this script; the one before it is "
+                        f"{path.with_name('checkpoint_previous.pt')}")
+    return state
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -390,6 +413,8 @@ def train(args, rank, world_size, device, until=None):
     if args.batch_size % (world_size * args.accumulate):
         raise UserError(f"--batch_size {args.batch_size} is not a multiple of {world_size} processes times "
                         f"--accumulate {args.accumulate}")
+    if args.batch_size == args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate} leaves one image a part: BatchNorm needs two")
     prior = make_prior(args, labels)
     lr, weight_decay, momentum = schedules(args, steps_an_epoch)
     model = make_model(args, prior).to(device)
@@ -408,6 +433,8 @@ def train(args, rank, world_size, device, until=None):
         optimizer.load_state_dict(state["optimizer"])
         step, unreadable.known = state["step"], set(state["unreadable"])
         usage.copy_(state["usage"])
+    if len(set(gather(step))) > 1:
+        raise UserError(f"--out {args.out} must be one folder that all machines share")
     stop = len(lr) if until is None else min(until, len(lr))
     log = Log(args, rank, step, len(lr), steps_an_epoch)
     log.say(f"{len(paths)} images, {len(labels.unique())} classes, prior {args.prior} over {len(prior)} prototypes, "
@@ -418,8 +445,7 @@ def train(args, rank, world_size, device, until=None):
         for block in model.encoder.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if args.compile:
-        model.encoder.compile()
-        model.target_encoder.compile()
+        compile_encoders(model)
     parallel = model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -429,13 +455,20 @@ def train(args, rank, world_size, device, until=None):
     if state is not None:
         restore_random(state["random"][rank], device)
 
-    def measure(epoch):
-        evaluate(args, model.target_encoder, training, validation, rank, world_size, device, epoch)
+    def finish_epoch(epoch):
+        last = step == len(lr)
+        if validation and (epoch % args.eval_every == 0 or last):
+            evaluate(args, model.target_encoder, training, validation, rank, world_size, device, epoch)
+        if rank == 0 and step:
+            encoder = {name: value.cpu() for name, value in model.target_encoder.state_dict().items()}
+            write_whole(args.out / "encoder.pt", functools.partial(torch.save, encoder))
+            plot_training(args.out)
+            plot_prototypes(args.out, usage.cpu(), prior, args.prior)
 
     def stop_if_not_finite():  # p_bar is that of all ranks: what is not finite in one is not in any
         if first_bad.isfinite():
             last = f"the last good checkpoint is {args.out / 'checkpoint.pt'}, of step {saved}"
-            raise UserError(f"the loss is not finite since step {int(first_bad)}; "
+            raise UserError(f"loss or gradient is not finite since step {int(first_bad)}; "
                             f"{last if saved else 'there is no checkpoint yet'}")
 
     def save():
@@ -448,8 +481,8 @@ def train(args, rank, world_size, device, until=None):
             write_whole(args.out / "checkpoint.pt", functools.partial(torch.save, state),
                         previous=args.out / "checkpoint_previous.pt")
 
-    if step == 0 and validation:
-        measure(0)  # of random weights
+    if step % steps_an_epoch == 0:  # epoch 0: random weights; another: its checkpoint may be all there is of it
+        finish_epoch(step // steps_an_epoch)
     with contextlib.closing(load(Images(paths, args.storage_size), batches, args.workers)) as batches:
         began = time.perf_counter()
         for pixels, sizes, _, bad in batches:
@@ -462,7 +495,8 @@ def train(args, rank, world_size, device, until=None):
             model.update_target(float(momentum[step]))
             step += 1
             usage.lerp_(terms["mean_prediction"], max(0.01, 1 / step))
-            first_bad = torch.where(terms["loss"].isfinite() | first_bad.isfinite(), first_bad, step)
+            fine = (terms["loss"] + terms["norm"]).isfinite()
+            first_bad = torch.where(fine | first_bad.isfinite(), first_bad, step)
             log.add(step, terms, waited, float(lr[step - 1]))
             if log.due(step):
                 stop_if_not_finite()
@@ -473,14 +507,7 @@ def train(args, rank, world_size, device, until=None):
             if stopped:
                 raise KeyboardInterrupt
             if end_of_epoch:
-                epoch = step // steps_an_epoch
-                if rank == 0:
-                    write_whole(args.out / "encoder.pt",
-                                functools.partial(torch.save, model.target_encoder.state_dict()))
-                    plot_training(args.out)
-                    plot_prototypes(args.out, usage.cpu(), prior, args.prior)
-                if validation and (epoch % args.eval_every == 0 or step == len(lr)):
-                    measure(epoch)
+                finish_epoch(step // steps_an_epoch)
             began = time.perf_counter()
     return step
 
@@ -489,15 +516,31 @@ class Signals:
     """Remembers SIGTERM and Ctrl-C until the step is done; all ranks learn of what one received, without a GPU."""
 
     def __init__(self, world_size):
-        self.flag = torch.zeros(1)
+        self.flag = False
         self.group = dist.new_group(backend="gloo") if world_size > 1 else None
         for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: self.flag.fill_(1))
+            signal.signal(name, lambda *_: setattr(self, "flag", True))
 
     def received(self):
+        flag = torch.tensor(float(self.flag))  # what comes during the exchange counts at the next step, for all
         if self.group is not None:
-            dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(self.flag)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+
+def append(file, line):
+    """Add a dictionary to a file of json lines."""
+    try:
+        with open(file, "a") as opened:
+            opened.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+
+
+def read_lines(file):
+    """The whole lines of a file of json lines, a list of dictionaries; none if there is no file."""
+    lines = file.read_text().splitlines(True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Log:
@@ -510,10 +553,12 @@ class Log:
         self.began, self.since, self.first, self.header = time.perf_counter(), step, step, False
         self.sums, self.waited = 0, 0.0
         self.last = self.began
-        if self.active and self.file.exists():  # lines after the checkpoint will be written again
-            lines = [line for line in self.file.read_text().splitlines(True)
-                     if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_whole(self.file, lambda temporary: temporary.write_text("".join(lines)))
+        for file, key, last in (("metrics.jsonl", "step", step),
+                                ("evaluation.jsonl", "epoch", math.ceil(step / steps_an_epoch) - 1)):
+            if self.active:  # what comes after the checkpoint will be written again
+                lines = read_lines(args.out / file)
+                kept = "".join(json.dumps(line) + "\n" for line in lines if line[key] <= last)
+                write_whole(args.out / file, lambda temporary: temporary.write_text(kept))
 
     def say(self, text):
         if self.active:
@@ -527,8 +572,9 @@ class Log:
         self.waited += waited
         if not self.due(step):
             return
-        now, count = time.perf_counter(), step - self.since
+        count = step - self.since
         values = dict(zip(TERMS, (self.sums / count).tolist()))
+        now = time.perf_counter()
         line = {"step": step, "epoch": step / self.steps_an_epoch, **values, "lr": lr,
                 "images_per_second": count * self.args.batch_size / (now - self.last),
                 "waiting": self.waited / (now - self.last)}
@@ -542,8 +588,7 @@ class Log:
                  f"{line['images_per_second']:>9.1f} {line['waiting']:>8.1%} "
                  f"{int(left // 3600):>3}:{int(left // 60 % 60):02}:{int(left % 60):02}")
         if self.active and math.isfinite(values["loss"]):
-            with open(self.file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.file, line)
         self.sums, self.waited, self.since, self.last = 0, 0.0, step, now
 
 
@@ -556,17 +601,18 @@ def extract(args, encoder, split, rank, world_size, device):
     paths, labels = split
     mine = list(range(rank, len(paths), world_size))
     chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
-    features, indices = [], []
+    features, indices = [torch.empty(0, encoder.embed_dim)], [torch.empty(0, dtype=torch.long)]
     for pixels, sizes, index, _ in load(Images(paths, args.storage_size), chunks, args.workers):
         images = pixels.to(device).permute(0, 3, 1, 2).float() / 255
         images = pmsn.resized_crop(images, centre_boxes(sizes.to(device), args.storage_size), args.image_size)
         images = torchvision.transforms.functional.normalize(images, MEAN, STD)
         with autocast(args, device):
-            features.append(encoder(images).float().cpu())
+            features.append(encoder.forward(images).float().cpu())  # not compiled: other shapes, few batches
         indices.append(index)
     parts = gather((torch.cat(features), torch.cat(indices)))
     features, indices = (torch.cat(x) for x in zip(*parts))
-    return features.to(device), labels[indices].to(device)
+    indices, first = np.unique(indices.numpy(), return_index=True)  # in order, without stand-ins for the unreadable
+    return features[first].to(device), labels[indices].to(device)
 
 
 def centre_boxes(sizes, storage_size, share=224 / 256):
@@ -588,18 +634,16 @@ def evaluate(args, encoder, training, validation, rank, world_size, device, epoc
         knn = {name: pmsn.knn_accuracy(features, labels, test_features[group], test_labels[group],
                                        k=min(20, len(features))) for name, group in groups.items() if group.any()}
         correct = linear_probe(features, labels, test_features, args.seed) == test_labels
-        probe = {name: correct[group].double().mean().item() for name, group in groups.items() if group.any()}
+        probe = {name: correct[group].cpu().double().mean().item() for name, group in groups.items() if group.any()}
     result = {"epoch": epoch, "knn": knn, "linear": probe}
     if rank == 0:
-        with open(args.out / "evaluation.jsonl", "a") as file:
-            file.write(json.dumps(result) + "\n")
+        append(args.out / "evaluation.jsonl", result)
         for name, values in (("k-NN", knn), ("linear probe", probe)):
             print(f"epoch {epoch:>4} {name:<13}" + "".join(f" {group} {value:6.3f}" for group, value in
                                                            values.items()), flush=True)
     return result
 
 
-@torch.enable_grad()
 def linear_probe(features, labels, test_features, seed, epochs=30, batch_size=256, lr=3e-3):
     """Predictions (Q,) of softmax regression on standardised features: AdamW, cosine learning rate, `epochs` passes or
     1,000 steps, whichever is more."""
@@ -632,9 +676,7 @@ def save_figure(figure, path):
 
 def plot_training(out):
     """Curves of metrics.jsonl, and of evaluation.jsonl where there is one."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    file = out / "evaluation.jsonl"
-    evaluations = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines, evaluations = read_lines(out / "metrics.jsonl"), read_lines(out / "evaluation.jsonl")
     titles = {"loss": "loss (nats)", "cross_entropy": "cross-entropy (nats)",
               "prior_kl": "KL(mean prediction || prior) (nats)", "effective_prototypes": "effective prototypes"}
     figure, axes = plt.subplots(1, 5, figsize=(17, 3.4), layout="constrained")
@@ -695,6 +737,8 @@ def make_images(folder, counts, size, layout="folders", seed=0):
 def quick(args, device):
     """The whole path on made images: train, stop in the middle, go on from the checkpoint, evaluate, figures."""
     counts = [120, 60, 40, 30, 24, 20, 17, 15]
+    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+        (args.out / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         args.data = make_images(Path(folder), counts, 64)
         half = args.epochs * (sum(counts) // args.batch_size) // 2
@@ -740,7 +784,7 @@ def usual_collate(samples):
 
 
 def milliseconds(function, repeat=5):
-    """Of this thread's processor time, the best of several calls."""
+    """Processor time of the best of several calls."""
     best = math.inf
     for _ in range(repeat):
         began = time.process_time()
@@ -755,15 +799,16 @@ def benchmark(args, device):
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
             make_images(Path(folder), [64], 450)
-        paths = find_images(args.data or folder)[0][0][:64]
+        paths = find_images(args.data or folder)[0][0]
         torch.set_num_threads(1)
         usual = UsualImages(paths, args)
-        stored = [decode(path, args.storage_size) for path in paths[:32]]
+        some = [paths[i % len(paths)] for i in range(32)]
+        stored = [decode(path, args.storage_size) for path in some]
         batch = [torch.stack(x) for x in zip(*stored)]
-        rows = {"usual pipeline, a worker": milliseconds(lambda: [usual[i] for i in range(32)], 2) / 32,
-                "  decoding alone": milliseconds(lambda: [Image.open(p).convert("RGB") for p in paths[:32]]) / 32,
+        rows = {"usual pipeline, a worker": milliseconds(lambda: [usual[i % len(paths)] for i in range(32)], 2) / 32,
+                "  decoding alone": milliseconds(lambda: [Image.open(p).convert("RGB") for p in some]) / 32,
                 f"ours, a worker (to {args.storage_size} px)": milliseconds(
-                    lambda: [decode(path, args.storage_size) for path in paths[:32]]) / 32,
+                    lambda: [decode(path, args.storage_size) for path in some]) / 32,
                 "ours, multi_crop on the CPU": milliseconds(lambda: make_views(args, *batch), 3) / 32}
         torch.set_num_threads(threads)
         print(f"one core, {1 + 1 + args.focal_views} views an image, {len(paths)} images"
@@ -773,18 +818,18 @@ def benchmark(args, device):
         if device.type != "cuda":
             print("no CUDA GPU here: images/s, memory, share of the matrix rate and waiting time are not measured")
             return
-        paths = (paths * (args.batch_size * 30 // len(paths) + 1))[: args.batch_size * 30]
         benchmark_device(args, device, paths)
 
 
 def benchmark_device(args, device, paths):
-    """Images/s of both pipelines from files, of the step alone, its share of the measured bf16 matrix rate, memory."""
+    """Images/s of the step alone and from files by both pipelines, share of the measured bf16 matrix rate, memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    prior = make_prior(args, torch.zeros(1, dtype=torch.long))
-    model = make_model(args, prior).to(device)
+    size = min(args.batch_size, 256)  # the usual pipeline's batches are large: 2.3 MB an image
+    model = make_model(args, pmsn.power_law_prior(args.prototypes, args.exponent)).to(device)
     optimizer = make_optimizer(model, device)
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-4
+    print(f"{torch.cuda.get_device_name(device)}, {args.workers} workers, {args.model}, batch {size}, "
+          f"{args.precision}, compile {args.compile}, torch {torch.__version__}")
 
     def step(views):
         optimizer.zero_grad()
@@ -794,58 +839,61 @@ def benchmark_device(args, device, paths):
         optimizer.step()
         model.update_target(0.996)
 
-    def rate(batches, make, warmup=5, count=20):
-        iterator, waited = iter(batches), 0.0
+    def rate(batches, make, warmup, count):  # images/s, share of the time that next(batches) took
+        batches = iter(batches)
         for i in range(warmup + count):
-            if i == warmup:
+            if i == warmup:  # what was decoded before is used up
                 torch.cuda.synchronize()
                 began, waited = time.perf_counter(), 0.0
             before = time.perf_counter()
-            batch = next(iterator)
-            waited += time.perf_counter() - before
+            batch = next(batches)
+            if i >= warmup:
+                waited += time.perf_counter() - before
             step(make(batch))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        return count * args.batch_size / seconds, waited / seconds
+        return count * size / seconds, waited / seconds
 
-    pixels, sizes, _, _ = collate([Images(paths, args.storage_size)[i] for i in range(min(64, len(paths)))])
-    again = math.ceil(args.batch_size / len(pixels))
-    pixels, sizes = (x.repeat(again, *[1] * (x.ndim - 1))[: args.batch_size].to(device) for x in (pixels, sizes))
+    def to_device(tensors):
+        return [x.to(device, non_blocking=True) for x in tensors]
+
+    images = Images(paths, args.storage_size)
+    pixels, sizes, _, _ = collate([images[i % len(paths)] for i in range(size)])
+    pixels, sizes = to_device([pixels, sizes])
     counter = FlopCounterMode(display=False)
     with counter:
         step(make_views(args, pixels[:8], sizes[:8]))
     flops = counter.get_total_flops() / 8
     if args.compile:
-        model.encoder.compile()
-        model.target_encoder.compile()
-    torch.cuda.reset_peak_memory_stats()
-    views = make_views(args, pixels, sizes)
-    alone, _ = rate([views] * 25, lambda v: v)
-    with_views, _ = rate([None] * 25, lambda _: make_views(args, pixels, sizes))
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    plan = [list(range(i * args.batch_size, (i + 1) * args.batch_size)) for i in range(25)]
-    ours, waiting = rate(load(Images(paths, args.storage_size), plan, args.workers), lambda b: make_views(
-        args, b[0].to(device, non_blocking=True), b[1].to(device, non_blocking=True)))
-    usual_loader = DataLoader(UsualImages(paths, args), batch_sampler=plan, num_workers=args.workers, pin_memory=True,
-                              collate_fn=usual_collate, prefetch_factor=4)
-    usual, usual_waiting = rate(usual_loader, lambda b: [v.to(device, non_blocking=True) for v in b])
+        compile_encoders(model)
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(50):
+    for i in range(150):
+        if i == 50:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
         a @ a
     torch.cuda.synchronize()
-    matrix = 50 * 2 * 8192**3 / (time.perf_counter() - began)
-    print(f"{torch.cuda.get_device_name(device)}, {args.workers} workers, {args.model}, batch {args.batch_size}, "
-          f"{args.precision}, compile {args.compile}, torch {torch.__version__}")
-    print(f"  ours, from files            {ours:>9.0f} images/s, waiting for data {waiting:.1%}")
-    print(f"  usual pipeline, from files  {usual:>9.0f} images/s, waiting for data {usual_waiting:.1%}; ours is "
-          f"{ours / usual:.2f} times that")
-    print(f"  step with multi_crop        {with_views:>9.0f} images/s")
+    matrix = 100 * 2 * 8192**3 / (time.perf_counter() - began)
+
+    views = make_views(args, pixels, sizes)
+    alone, _ = rate([views] * 25, lambda v: v, 5, 20)
     print(f"  step alone                  {alone:>9.0f} images/s, {flops * alone / 1e12:.0f} TFLOP/s, "
           f"{flops * alone / matrix:.0%} of the matrix rate of {matrix / 1e12:.0f}")
-    print(f"  memory                      {memory:>9.1f} GiB")
-    print(f"  300 epochs of iNat18        {300 * 437_513 / ours / 3600:>9.0f} hours")
+    del views
+    torch.cuda.reset_peak_memory_stats()
+    with_views, _ = rate([None] * 25, lambda _: make_views(args, pixels, sizes), 5, 20)
+    print(f"  step with multi_crop        {with_views:>9.0f} images/s, memory "
+          f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    warmup, count = 3 * args.workers, 4 * args.workers  # workers hold up to two batches each, and one in the making
+    plan = [[(i * size + j) % len(paths) for j in range(size)] for i in range(warmup + count)]
+    ours, waiting = rate(load(images, plan, args.workers), lambda b: make_views(args, *to_device(b[:2])), warmup, count)
+    print(f"  ours, from files            {ours:>9.0f} images/s, waiting for data {waiting:.1%}; 300 epochs of iNat18: "
+          f"{300 * 437_513 / ours / 3600:.0f} hours")
+    loader = DataLoader(UsualImages(paths, args), batch_sampler=plan, num_workers=args.workers, pin_memory=True,
+                        collate_fn=usual_collate, prefetch_factor=1)
+    usual, waiting = rate(loader, to_device, warmup, count)
+    print(f"  usual pipeline, from files  {usual:>9.0f} images/s, waiting for data {waiting:.1%}; ours is "
+          f"{ours / usual:.2f} times that")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -856,7 +904,7 @@ def parse(argv):
     add = parser.add_argument
     add("--data", type=Path, help="iNat18, or a folder of class folders, or of `train` and `val`")
     add("--long_tail", type=float, metavar="EXPONENT", help="train on a subset with power-law class frequencies")
-    add("--out", type=Path, default="runs/inat", help="checkpoints, figures and logs (default: runs/inat)")
+    add("--out", type=Path, help="checkpoints, figures and logs (default: runs/inat, with --quick runs/quick)")
     add("--model", default="vit_small", choices=("vit_micro", "vit_tiny", "vit_small", "vit_base"),
         help="default: vit_small")
     add("--prior", default="power_law", choices=("power_law", "uniform", "classes"), help="uniform is MSN; classes: "
@@ -878,11 +926,10 @@ def parse(argv):
     add("--sinkhorn_iterations", type=int, default=0, help="onto the prior, for the targets (default: 0, off)")
     add("--relative_sharpening", action="store_true", help="relative to the prior; for steep ones (default: off)")
     add("--storage_size", type=int, default=320, help="pixels at which workers hand images over (default: 320)")
-    add("--workers", type=int, default=max(1, min(16, len(os.sched_getaffinity(0)) - 1)
-        if hasattr(os, "sched_getaffinity") else 4), help="decoding processes a device (default: cores - 1, up to 16)")
+    add("--workers", type=int, help="decoding processes a device (default: its share of the cores less 1, up to 16)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, fp32 elsewhere")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--checkpoint_activations", action="store_true", help="less memory, a third more time")
+    add("--checkpoint_activations", action="store_true", help="less memory, more time")
     add("--log_every", type=int, default=20, help="steps between lines (default: 20)")
     add("--save_every", type=int, default=500, help="steps between checkpoints, beside every epoch's (default: 500)")
     add("--eval_every", type=int, default=10, help="epochs between evaluations, beside the last (default: 10)")
@@ -891,10 +938,14 @@ def parse(argv):
     add("--quick", action="store_true", help="the whole path on made images, under 90 seconds on two cores")
     add("--benchmark", action="store_true", help="where the time goes, on --data or on made images")
     args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/quick" if args.quick else "runs/inat")
     if args.quick:
         args.model, args.image_size, args.focal_size, args.patch_size = "vit_micro", 32, 16, 4
-        args.storage_size, args.focal_views, args.prototypes, args.workers = 64, 2, 16, min(args.workers, 2)
+        args.storage_size, args.focal_views, args.prototypes = 64, 2, 16
         args.batch_size, args.epochs, args.warmup, args.log_every, args.eval_every = 64, 4, 1, 2, 2
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+        args.workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     cuda = torch.cuda.is_available()
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = cuda if args.compile is None else args.compile
@@ -935,6 +986,8 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     rank, world_size, device = start_processes()
+    if world_size > 1 and (args.quick or args.benchmark):
+        raise UserError("--quick and --benchmark run in one process, without torchrun")
     if args.benchmark:
         benchmark(args, device)
     elif args.quick:
@@ -943,31 +996,39 @@ def main(argv=None):
         training, validation = find_images(args.data, args.long_tail)
         if validation is None:
             raise UserError(f"--data {args.data} has no validation images: a folder `val` beside `train`")
-        encoder = make_encoder(args)
-        state = {name.removeprefix("target_encoder."): value
-                 for name, value in read_checkpoint(args.eval)["model"].items() if name.startswith("target_encoder.")}
+        encoder, state = make_encoder(args), read_checkpoint(args.eval)
+        epoch = state["step"] // (state["settings"]["images"] // state["settings"]["batch_size"])
         try:
-            encoder.load_state_dict(state)
+            encoder.load_state_dict({name.removeprefix("target_encoder."): value
+                                     for name, value in state["model"].items() if name.startswith("target_encoder.")})
         except RuntimeError:
             raise UserError(f"{args.eval} is of another network than --model {args.model} with these sizes") from None
-        evaluate(args, encoder.to(device), training, validation, rank, world_size, device, "-")
+        evaluate(args, encoder.to(device), training, validation, rank, world_size, device, epoch)
     else:
         train(args, rank, world_size, device)
     if rank == 0 and not args.benchmark:
         print(f"{args.out}: " + " ".join(sorted(path.name for path in args.out.iterdir() if path.is_file())))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def give_up(message, status):
+    """Print one line and end this process and its workers, at once where other ranks may wait for it."""
+    print(f"train_inat.py: {message}", file=sys.stderr, flush=True)
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"train_inat.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        give_up(error, 2)
+    except torch.cuda.OutOfMemoryError:
+        give_up("out of GPU memory: try --accumulate 2, 4, ... or --checkpoint_activations", 2)
     except KeyboardInterrupt:
-        print("train_inat.py: stopped; the same command goes on from the checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        give_up("stopped; the same command goes on from the checkpoint", 130)

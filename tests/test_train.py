@@ -251,6 +251,33 @@ def test_killed_at_random_steps_ends_with_the_same_bits(workers, data, undisturb
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 16))
 
 
+def test_compiled_encoders_train(data, undisturbed, tmp_path):
+    """As on CUDA, with the graphs that torch.compile makes, but without its code generator: both view sizes, parts,
+    checkpointed activations; the first loss is that of the run that was not compiled."""
+    code = """
+import torch
+def compile(self, plain=torch.nn.Module.compile, **options):
+    plain(self, backend='aot_eager', **options)
+torch.nn.Module.compile = compile"""
+    finish(run("--data", data, "--out", tmp_path / "one", "--compile", "--epochs", 1, code=code))
+    assert metrics(tmp_path / "one")[0]["loss"] == pytest.approx(metrics(undisturbed)[0]["loss"], rel=1e-3)
+    finish(run("--data", data, "--out", tmp_path / "two", "--compile", "--epochs", 1, "--accumulate", 5,
+               "--checkpoint_activations", code=code))
+
+
+def test_short_epochs_and_names_that_are_not_ascii(tmp_path):
+    """Fewer steps in an epoch than between lines; all that is missing of a finished run is made up."""
+    data = train_inat.make_images(tmp_path / "Bäume", [12, 8], 24)
+    options = ["--data", data, "--out", tmp_path / "out", "--log_every", 50, "--epochs", 1]
+    finish(run(*options))
+    encoder = (tmp_path / "out" / "encoder.pt").read_bytes()
+    (tmp_path / "out" / "encoder.pt").unlink()
+    (tmp_path / "out" / "evaluation.jsonl").unlink()
+    finish(run(*options))
+    assert len((tmp_path / "out" / "encoder.pt").read_bytes()) == len(encoder)
+    assert [line["epoch"] for line in train_inat.read_lines(tmp_path / "out" / "evaluation.jsonl")] == [1]
+
+
 def test_checkpointed_activations_change_no_bit(data, undisturbed, tmp_path):
     finish(run("--data", data, "--out", tmp_path, "--checkpoint_activations"))
     assert_same_run(tmp_path, undisturbed)
@@ -358,9 +385,25 @@ def loss(*arguments, plain=pmsn.pmsn_loss, calls=[], **options):
     return value * (float('nan') if len(calls) == 7 else 1), terms
 pmsn.pmsn_loss = loss"""
     _, err = finish(run("--data", data, "--out", tmp_path, "--save_every", 3, "--log_every", 2, code=code), 2)
-    assert err == ("train_inat.py: the loss is not finite since step 7; the last good checkpoint is "
+    assert err == ("train_inat.py: loss or gradient is not finite since step 7; the last good checkpoint is "
                    f"{tmp_path / 'checkpoint.pt'}, of step 6\n")
     assert weights(tmp_path)["step"] == 6
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(data, tmp_path):
+    code = """
+import torch
+def clip(parameters, norm, plain=torch.nn.utils.clip_grad_norm_, calls=[]):
+    calls.append(1)
+    parameters = list(parameters)
+    if len(calls) == 4:
+        next(p for p in parameters if p.grad is not None).grad.fill_(float('nan'))
+    return plain(parameters, norm)
+torch.nn.utils.clip_grad_norm_ = clip"""
+    _, err = finish(run("--data", data, "--out", tmp_path, "--save_every", 2, "--log_every", 100, code=code), 2)
+    assert "loss or gradient is not finite since step 4; the last good checkpoint" in err
+    state = weights(tmp_path)
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(data, tmp_path):
@@ -383,7 +426,7 @@ def test_another_runs_checkpoint_is_not_continued(data, undisturbed):
 
 def test_a_damaged_checkpoint_is_said(tmp_path):
     (tmp_path / "checkpoint.pt").write_text("no checkpoint")
-    with pytest.raises(train_inat.UserError, match="is not a checkpoint of this script"):
+    with pytest.raises(train_inat.UserError, match="is not a whole checkpoint of this script"):
         train_inat.load_checkpoint(tmp_path)
 
 
