@@ -9,7 +9,8 @@
     python train_inat.py --benchmark                                   # where the time goes, here
 
 PATH is iNat18 as it is distributed (train2018.json, val2018.json, train_val2018/...) or a folder of class folders, or
-one that holds `train` and `val` (or `test`), folders of class folders. Labels measure results; in training they serve --prior classes and --long_tail alone.
+one that holds `train` and `val` (or `test`), folders of class folders. Labels measure results; in training they serve
+--prior classes and --long_tail alone.
 
 Workers decode each image once and stretch it to a square of uint8; all views of a batch are made on the device by
 `pmsn.multi_crop`, from crop boxes drawn in the original image. Started again with the same --out, training goes on
