@@ -233,12 +233,16 @@ def mae_loss(predictions, pixels, kept):
 
 def run_blocks(encoder, tokens):
     """Outputs of every block, without CLS, the last one normalised too: a list of (B, n, dim)."""
+    return [x[:, 1:] for x in run_blocks_with_cls(encoder, tokens)]
+
+
+def run_blocks_with_cls(encoder, tokens):
     cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
     x, outputs = torch.cat([cls, tokens], dim=1), []
     for block in encoder.blocks:
         x = block(x)
-        outputs.append(x[:, 1:])
-    return [*outputs, encoder.norm(x)[:, 1:]]
+        outputs.append(x)
+    return [*outputs, encoder.norm(x)]
 
 
 class Data2Vec(nn.Module):
@@ -328,8 +332,8 @@ def features(encoder, images):
     if encoder is None:
         return F.avg_pool2d(images, 2).flatten(1)
     encoder.eval()
-    return torch.cat([torch.cat([encoder(x), run_blocks(encoder, encoder.embed_patches(x))[-1].mean(dim=1)], dim=1)
-                      for x in images.split(500)])
+    last = [run_blocks_with_cls(encoder, encoder.embed_patches(x))[-1] for x in images.split(500)]
+    return torch.cat([torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1) for x in last])
 
 
 def linear_probe(x, labels, test_x, test_labels):

@@ -698,11 +698,19 @@ def neighbours(queries, bank, k, *, block=4096):
 
 @torch.no_grad()
 def knn_accuracy(train_features, train_labels, test_features, test_labels, *, k=20, temperature=0.07, block=4096):
-    """Accuracy in [0, 1] of a weighted k-NN classifier (Wu et al., 2018): features (N, d), labels (N,).
+    """Accuracy in [0, 1] of `knn_predictions`: features (N, d), labels (N,), twice."""
+    predictions = knn_predictions(train_features, train_labels, test_features, k=k, temperature=temperature,
+                                  block=block)
+    return (predictions == torch.as_tensor(test_labels, device=predictions.device)).cpu().double().mean().item()
+
+
+@torch.no_grad()
+def knn_predictions(train_features, train_labels, test_features, *, k=20, temperature=0.07, block=4096):
+    """Classes (Q,) by a weighted k-NN classifier (Wu et al., 2018): features (N, d), labels (N,), features (Q, d).
 
     The k nearest training images vote with weight exp(cosine / temperature)."""
-    train_labels, test_labels = (torch.as_tensor(x, device=test_features.device) for x in (train_labels, test_labels))
+    train_labels = torch.as_tensor(train_labels, device=test_features.device)
     similarity, index = neighbours(test_features, train_features, k, block=block)
     votes = similarity.new_zeros(len(index), int(train_labels.max()) + 1)
     votes.scatter_add_(1, train_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
-    return (votes.argmax(dim=1) == test_labels).cpu().double().mean().item()
+    return votes.argmax(dim=1)

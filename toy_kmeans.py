@@ -287,8 +287,8 @@ def proposition_2(generator, instances=20):
         points = torch.randint(0, 4, (n, 2), generator=generator).double()
         points[0] += 1  # not all 0
         pairs = (points @ points.T).long()  # how often (i, j) is a positive pair
-        first, second = (index.repeat_interleave(pairs.flatten()) for index in
-                         torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij") for index in [index.flatten()])
+        first, second = torch.cartesian_prod(torch.arange(n), torch.arange(n)).repeat_interleave(
+            pairs.flatten(), dim=0).T
         for member in memberships(n, k):
             if (member.sum(dim=0) == n // k).all():
                 z = member @ simplex(k) * math.sqrt(k - 1)
@@ -397,8 +397,8 @@ def proposition_4(generator, instances=20, epsilon=0.02):
         z = pmsn.on_sphere(normal(12, 3, generator=generator))
         clusters = torch.arange(len(sizes)).repeat_interleave(sizes)
         times = torch.where(clusters[:, None] == clusters, 12 // sizes[clusters], 0)  # a point has 12 positives
-        first, second = (torch.arange(12).repeat_interleave(12), torch.arange(12).repeat(12).repeat_interleave(
-            times.flatten()))
+        first, second = torch.cartesian_prod(torch.arange(12), torch.arange(12)).repeat_interleave(
+            times.flatten(), dim=0).T
         alignment.append((0.1 * pmsn.simclr_loss(z[first], z[second])[1]["alignment"].item() + 1,
                           explicit_objective(z, F.one_hot(clusters).double()).item() / 12))
     best = []
@@ -550,7 +550,8 @@ def main(argv=None):
         print(f"{name:<29}" + "".join(f"{cell:>13}" for cell in cells))
 
     prior = pmsn.power_law_prior(args.clusters, 1.0)
-    found = {name: minimise_sizes(term, args.clusters, generator) / 100 for name, term in volume_terms(prior).items()}
+    sizes = {name: minimise_sizes(term, args.clusters, generator) for name, term in volume_terms(prior).items()}
+    found = {name: n / n.sum() for name, n in sizes.items()}
     print(f"\nshares of {args.clusters} clusters at which each method's collapse-preventing term is smallest")
     print(f"{'method':<8} {'shares':<{6 * args.clusters}} {'from uniform':>13} {'from pi':>9}")
     for name, shares in {**found, "pi": prior}.items():
@@ -564,7 +565,8 @@ def main(argv=None):
     for what, left, right, difference, count in rows:
         print(f"{what:<58} {left:>9.4g} {right:>9.4g} {difference:>16.1e} {count:>10}")
 
-    config = {**vars(args), "out": str(args.out), "seeds": seeds, "torch": torch.__version__, "python": platform.python_version()}
+    config = {**vars(args), "out": str(args.out), "seeds": seeds, "torch": torch.__version__,
+              "python": platform.python_version()}
     results = {"config": config, "sweep": summary, "prior": prior.tolist(),
                "minima": {name: shares.tolist() for name, shares in found.items()},
                "propositions": [dict(zip(("what", "left", "right", "largest_difference", "instances"), r))

@@ -64,7 +64,7 @@ class UserError(Exception):
 # ---- Data: files and labels; one decoding an image -------------------------------------------------------------------
 
 
-def find_images(data, long_tail=None, seed=0):
+def find_images(data, long_tail=None):
     """Training and validation images of a folder: (paths, labels (N,)) twice, None for a split that is not there.
 
     With `long_tail`, an exponent, training is a subset in which class k of C has a share in proportion to
@@ -73,7 +73,7 @@ def find_images(data, long_tail=None, seed=0):
     if long_tail is not None:
         paths, labels = training
         try:
-            kept = pmsn.long_tail_indices(labels, pmsn.power_law_prior(int(labels.max()) + 1, long_tail), seed=seed)
+            kept = pmsn.long_tail_indices(labels, pmsn.power_law_prior(int(labels.max()) + 1, long_tail))
         except ValueError as error:
             raise UserError(f"--long_tail {long_tail}: {error}") from None
         training = [paths[i] for i in kept], labels[kept]
@@ -198,8 +198,8 @@ class Batches:
 class Unreadable:
     """Images that could not be read: each is named once; more than 1% of the data set end the run."""
 
-    def __init__(self, paths, known=()):
-        self.paths, self.known = paths, set(known)
+    def __init__(self, paths):
+        self.paths, self.known = paths, set()
 
     def add(self, indices, report=True):
         for i in set(indices) - self.known if report else ():
@@ -457,8 +457,7 @@ def train(args, rank, world_size, device, until=None):
         restore_random(state["random"][rank], device)
 
     def finish_epoch(epoch):
-        last = step == len(lr)
-        if validation and (epoch % args.eval_every == 0 or last):
+        if validation and (epoch % args.eval_every == 0 or step == len(lr)):
             evaluate(args, model.target_encoder, training, validation, rank, world_size, device, epoch)
         if rank == 0 and step:
             encoder = {name: value.cpu() for name, value in model.target_encoder.state_dict().items()}
@@ -632,14 +631,15 @@ def evaluate(args, encoder, training, validation, rank, world_size, device, epoc
         counts = torch.bincount(labels, minlength=int(test_labels.max()) + 1)[test_labels]
         groups = {"all": counts >= 0, **{name: (counts >= low) & (counts <= high)
                                          for name, (low, high) in SHOTS.items()}}
-        knn = {name: pmsn.knn_accuracy(features, labels, test_features[group], test_labels[group],
-                                       k=min(20, len(features))) for name, group in groups.items() if group.any()}
-        correct = linear_probe(features, labels, test_features, args.seed) == test_labels
-        probe = {name: correct[group].cpu().double().mean().item() for name, group in groups.items() if group.any()}
-    result = {"epoch": epoch, "knn": knn, "linear": probe}
+        predictions = {"knn": pmsn.knn_predictions(features, labels, test_features, k=min(20, len(features))),
+                       "linear": linear_probe(features, labels, test_features, args.seed)}
+        accuracy = {method: {name: (found == test_labels)[group].cpu().double().mean().item()
+                             for name, group in groups.items() if group.any()}
+                    for method, found in predictions.items()}
+    result = {"epoch": epoch, **accuracy}
     if rank == 0:
         append(args.out / "evaluation.jsonl", result)
-        for name, values in (("k-NN", knn), ("linear probe", probe)):
+        for name, values in (("k-NN", accuracy["knn"]), ("linear probe", accuracy["linear"])):
             print(f"epoch {epoch:>4} {name:<13}" + "".join(f" {group} {value:6.3f}" for group, value in
                                                            values.items()), flush=True)
     return result

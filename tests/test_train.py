@@ -283,9 +283,7 @@ def test_checkpointed_activations_change_no_bit(data, undisturbed, tmp_path):
 
 
 def metrics(out):
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines(True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return train_inat.read_lines(out / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("moment", ["half written", "between the moves"])
