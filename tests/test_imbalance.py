@@ -123,7 +123,7 @@ def test_run_blocks_is_the_encoder():
     encoder(images)
     *blocks, last = imbalance.run_blocks(encoder, encoder.embed_patches(images))
     torch.testing.assert_close(last, seen[0][:, 1:])
-    assert len(blocks) == 4
+    assert len(blocks) == len(encoder.blocks)
 
 
 @pytest.mark.parametrize("name", imbalance.METHODS)
@@ -144,6 +144,96 @@ def test_every_method_trains_its_encoder_and_nothing_that_is_a_target(name):
     method.update_target(0.9)
     after = [p for p in method.parameters() if not p.requires_grad]
     assert all((a - b).abs().max() == pytest.approx(0.1, abs=1e-4) for a, b in zip(after[:5], before[:5]))
+
+
+def repaint(images, patches):
+    """The images with other colours in the patches (B, N) that are True."""
+    size = imbalance.PATCH
+    mask = patches.unflatten(1, (images.shape[2] // size, -1)).repeat_interleave(size, 1).repeat_interleave(size, 2)
+    return torch.where(mask[:, None], 1 - images, images)
+
+
+@pytest.mark.parametrize("name, loss", [("MAE", "mae_loss"), ("data2vec", "data2vec_loss")])
+def test_predictions_come_from_visible_patches_alone(name, loss, monkeypatch):
+    torch.manual_seed(0)
+    method, images, seen = imbalance.make_method(name, 1.0), torch.rand(6, 3, 32, 32), []
+    monkeypatch.setattr(imbalance, loss, lambda *arguments: seen.append(arguments))
+
+    def run(images):
+        """Predictions, and the patches that are hidden, (B, N), the same at every call."""
+        monkeypatch.setattr(imbalance, "two_views", lambda _: [images, images])
+        torch.manual_seed(1)
+        method(images)
+        predictions, _, mask = seen[-1]
+        return predictions, mask if name == "data2vec" else torch.ones(6, 16).scatter(1, mask, 0) > 0
+
+    predictions, hidden = run(images)
+    assert (hidden.sum(dim=1) == (12 if name == "MAE" else 10)).all()  # of 16: .75; .6, rounded up
+    assert not torch.equal(hidden[0], hidden[1])
+    torch.testing.assert_close(run(repaint(images, hidden))[0], predictions)
+    assert ((run(repaint(images, ~hidden))[0] - predictions).abs().amax(dim=2)[hidden] > 1e-4).all()
+
+
+def test_data2vec_regresses_the_target_network_on_whole_images(monkeypatch):
+    torch.manual_seed(0)
+    method, seen = imbalance.Data2Vec(), []
+    monkeypatch.setattr(imbalance, "data2vec_loss", lambda *arguments: seen.append(arguments[1]))
+    for block in method.target_encoder.blocks:  # each adds 1 to every feature of what enters it
+        block.register_forward_hook(lambda module, inputs, output: inputs[0] + 1)
+    images = imbalance.two_views(imbalance.drawn_images(4, 0)[0])[0]
+    monkeypatch.setattr(imbalance, "two_views", lambda _: [images, images])
+    method(images)
+    tokens = method.target_encoder.embed_patches(images)
+    for count, output in enumerate(seen[0], start=1):
+        torch.testing.assert_close(output, tokens + count)
+    assert len(seen[0]) == 3
+
+
+def test_the_mae_decoder_sees_each_patch_at_its_place():
+    torch.manual_seed(0)
+    method, seen = imbalance.MAE(), []
+    method.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0] - method.place))
+    method.narrow.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.manual_seed(1)
+    method(imbalance.drawn_images(5, 0)[0])
+    encoded, decoded = seen
+    torch.manual_seed(1)
+    images = imbalance.two_views(imbalance.drawn_images(5, 0)[0])[0]
+    kept = pmsn.drop_patches(method.encoder.embed_patches(images), 0.75)[1]
+    for image in range(5):
+        for place in range(16):
+            where = (kept[image] == place).nonzero().flatten().tolist()
+            wanted = encoded[image, where[0]] if where else method.mask_token
+            torch.testing.assert_close(decoded[image, place], wanted, atol=1e-6, rtol=0)
+
+
+def test_training_is_the_same_loop_for_all(monkeypatch):
+    """Batches of the classes asked for, a rate that rises and falls to zero, the target moved after every step."""
+    class Method(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.batches, self.rates, self.moved = torch.nn.Linear(1, 1), [], [], []
+
+        def forward(self, images):
+            self.batches.append(images)
+            self.before = self.encoder.weight.item()
+            return self.encoder(images[:, None].float()).mean()
+
+        def update_target(self, momentum):
+            self.moved.append((momentum, len(self.batches)))
+            self.rates.append(abs(self.encoder.weight.item() - self.before))
+
+    method = Method()
+    monkeypatch.setattr(imbalance, "make_method", lambda name, present: method)
+    classes = torch.arange(400) % 10 + 1
+    args = parse("--epochs", 4, "--batch_size", 40, "--lr", 0.1)
+    reports = []
+    assert imbalance.train("MAE", classes.clone(), classes, 2, args, 0, reports.append) is method.encoder
+    assert len(method.batches) == 40 and len(reports) == 4
+    assert {len(batch.unique()) for batch in method.batches} == {2}
+    assert method.moved == [(0.99, step) for step in range(1, 41)]
+    # AdamW on a gradient of one sign moves by about the rate, but for the weight decay of 5% of it
+    assert method.rates[3] == pytest.approx(0.1, abs=0.03) and method.rates[0] < 0.03 and method.rates[-1] < 0.001
 
 
 def test_the_batch_prior_gives_the_present_classes_their_share():
@@ -173,6 +263,16 @@ def test_pmsns_prior_is_sorted_as_the_batch_is(monkeypatch):
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
+def test_features_are_cls_and_the_mean_over_patches():
+    encoder, seen = imbalance.make_encoder(), []
+    encoder.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images = imbalance.drawn_images(6, 0)[0]
+    found = imbalance.features(encoder, images)
+    torch.testing.assert_close(found, torch.cat([seen[0][:, 0], seen[0][:, 1:].mean(dim=1)], dim=1))
+    expected = (images[2, 1, 4:6, 8:10].float().mean() / 255 - 0.456) / 0.224
+    assert imbalance.features(None, images)[2, 256 + 2 * 16 + 4].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_linear_probe_against_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the oracle here")
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +285,7 @@ def test_linear_probe_against_scikit_learn():
     assert imbalance.linear_probe(x, labels, x, (labels + 1) % 5) < 0.1
 
 
-def test_summary_by_hand():
+def test_summary_by_hand(capsys):
     """Two seeds; SimCLR loses .3 and .1 of the class, MAE .0 and .1, MSN never beat the random encoder."""
     def run(semantic, low):
         return {"class": semantic, "luminance": low, "colour": low, "orientation": low}
@@ -202,8 +302,17 @@ def test_summary_by_hand():
     assert rows["SimCLR"]["drop"]["semantic"]["std"] == pytest.approx(math.sqrt(0.02))
     assert rows["SimCLR"]["drop"]["low-level"]["mean"] == pytest.approx(0)
     assert claim["volume"] == ["SimCLR"] and claim["no_volume"] == ["MAE"]
-    assert claim["difference"]["mean"] == pytest.approx(0.15)  # .3 - 0 and .1 - .1
-    assert claim["difference"]["std"] == pytest.approx(0.3 / math.sqrt(2))
+    assert claim["semantic"]["difference"]["mean"] == pytest.approx(0.15)  # .3 - 0 and .1 - .1
+    assert claim["semantic"]["difference"]["std"] == pytest.approx(0.3 / math.sqrt(2))
+    assert claim["low-level"]["volume"]["std"] == pytest.approx(0.2 / math.sqrt(2))  # -.1 and .1
+    imbalance.print_results(summary, 2)
+    printed = capsys.readouterr().out.splitlines()
+    assert next(line for line in printed if line.startswith("SimCLR")).split() == (
+        "SimCLR 70.0 ± 14.1 50.0 ± 0.0 20.0 ± 14.1".split())
+    assert sum(line.startswith("MSN") and line.endswith("did not learn here") for line in printed) == 4
+    assert [line for line in printed if "did not learn" in line and line[:3] not in ("MSN", "did")] == []
+    assert next(line for line in printed if line.startswith("semantic")).split() == (
+        "semantic 20.0 ± 14.1 5.0 ± 7.1 15.0 ± 21.2".split())
     del scores["MAE"]
     assert imbalance.summarise(scores)["claim"] is None
 
@@ -223,6 +332,7 @@ def test_quick_run_writes_everything(tmp_path):
             (scores,) = results["scores"][name][sampling]
             assert set(scores) == set(imbalance.TASKS) and all(0 <= value <= 1 for value in scores.values())
     assert results["scores"]["MSN"]["balanced"] == results["scores"]["PMSN"]["balanced"]  # the same method there
+    assert "the two shares of a class differ by 0.0" in result.stdout
     assert "[2] of 10 classes each" in result.stdout and "[10] of 10 classes each" in result.stdout
 
 

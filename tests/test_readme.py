@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import imbalance
 import mnist_corner
 import pmsn
 import toy_kmeans
@@ -35,7 +36,8 @@ def test_commands_are_understood(command, tmp_path):
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, arguments = words[place], words[place + 1 :]
-    module = {"mnist_corner.py": mnist_corner, "toy_kmeans.py": toy_kmeans, "train_inat.py": train_inat}[script]
+    module = {"mnist_corner.py": mnist_corner, "toy_kmeans.py": toy_kmeans, "train_inat.py": train_inat,
+              "imbalance.py": imbalance}[script]
     assert words[:place] == ["python"] or words[0] == "torchrun"
     module.check(module.parse([*arguments, "--out", str(tmp_path)]))
 
@@ -63,7 +65,7 @@ def test_names_in_the_readme_exist():
     names = set(re.findall(r"`(?:pmsn\.)?([A-Za-z_]\w+)`", table))
     assert names
     for name in names:
-        assert any(hasattr(module, name) for module in (pmsn, mnist_corner, toy_kmeans, train_inat)), name
+        assert any(hasattr(module, name) for module in (pmsn, mnist_corner, toy_kmeans, train_inat, imbalance)), name
 
 
 def test_pmsn_imports_torch_and_the_standard_library_only():
