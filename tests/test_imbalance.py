@@ -30,9 +30,16 @@ def test_drawn_classes_are_balanced_and_know_nothing_of_the_low_level():
     assert torch.bincount(classes).tolist() == [200] * 10
     assert torch.equal(images, imbalance.drawn_images(2000, 0)[0])
     assert not torch.equal(images, imbalance.drawn_images(2000, 1)[0])
+    assert len(classes[::5].unique()) == 10  # shuffled: every fifth image is a fair sample
     for name, values in imbalance.low_level(images).items():
         between = torch.stack([values[classes == c].mean() for c in range(10)]).std()
         assert between < 0.2 * values.std(), name
+    x = torch.arange(32.0) + 0.5 - 16  # a disc is not wider than the lobes of the others reach
+    radius = (x[:, None] ** 2 + x**2).sqrt()
+    grey = images.float().mean(dim=1)
+    ring = grey[:, (radius > 14.5) & (radius < 15.5)].std(dim=1)
+    edge = torch.stack([ring[classes == c].mean() for c in range(10)])
+    assert edge[0] < 1.1 * edge[4] and edge[5] < 1.1 * edge[9]
 
 
 def test_low_level_measures_of_known_images():
@@ -58,11 +65,37 @@ def test_folders_with_and_without_splits(tmp_path):
     for folder in ("plain/a", "plain/b", "split/train/a", "split/train/b", "split/test/a", "split/test/b"):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(5):
-            Image.new("RGB", (40, 30), (i * 40, 0, 0)).save(tmp_path / folder / f"{i}.png")
+            Image.new("RGB", (40, 30), (i * 40, 0, 200 * (folder[-1] == "b"))).save(tmp_path / folder / f"{i}.png")
     for name, counts in (("plain", (8, 2)), ("split", (10, 10))):
+        found = []
         for train, count in zip((True, False), counts):
-            images, classes = imbalance.load_folder(tmp_path / name, train)
-            assert images.shape == (count, 3, 32, 32) and len(classes) == count
+            images, classes = imbalance.load_images(parse("--data", tmp_path / name), train)
+            assert images.shape == (count, 3, 32, 32) and torch.bincount(classes).tolist() == [count // 2] * 2
+            assert torch.equal(images[:, 2, 0, 0] > 0, classes == 1)  # b is blue
+            found.append(set(zip(images[:, 0, 0, 0].tolist(), classes.tolist())))
+        assert len(found[0] | found[1]) == 10 and (name == "split" or not found[0] & found[1])
+    assert len(imbalance.load_images(parse("--data", tmp_path / "split", "--images", 200), True)[0]) == 10
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path):
+    def folder(*names):
+        root = tmp_path / "-".join(names).replace("/", "_")
+        for name in names:
+            (root / name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (8, 8), (i, i, i)).save(root / name / f"{i}.png")
+        return root
+
+    for root, message in ((folder("train/a", "train/b"), "there is train without its other half"),
+                          (folder("train/a", "train/b", "test/b"), "train and test hold different classes"),
+                          (folder("a", "b", "c"), "all images are alike in colour"),
+                          (tmp_path, "Found no valid file for the classes")):
+        with pytest.raises(imbalance.UserError, match=message):
+            imbalance.main(["--data", str(root), "--out", str(tmp_path / "out")])
+    root = folder("d", "e", "f")
+    (root / "e" / "3.png").write_bytes(b"no image")
+    with pytest.raises(imbalance.UserError, match=f"cannot read {root / 'e' / '3.png'}"):
+        imbalance.main(["--data", str(root), "--out", str(tmp_path / "out")])
 
 
 def test_marginals_are_equal_and_batches_hold_the_classes_asked_for():
@@ -70,7 +103,9 @@ def test_marginals_are_equal_and_batches_hold_the_classes_asked_for():
     for count in (10, 2):
         share, present = imbalance.marginals(classes, count, 50)
         assert present == [count]
-        torch.testing.assert_close(share, torch.full((10,), 0.1, dtype=torch.float64), atol=0.011, rtol=0)
+        torch.testing.assert_close(share, torch.full((10,), 0.1), atol=0.011, rtol=0)
+    with pytest.raises(ValueError, match="one would hold an image twice"):
+        imbalance.marginals(classes[:200], 2, 50)
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -122,7 +157,7 @@ def test_run_blocks_is_the_encoder():
     encoder.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     encoder(images)
     *blocks, last = imbalance.run_blocks(encoder, encoder.embed_patches(images))
-    torch.testing.assert_close(last, seen[0][:, 1:])
+    torch.testing.assert_close(last, seen[0])
     assert len(blocks) == len(encoder.blocks)
 
 
@@ -141,7 +176,9 @@ def test_every_method_trains_its_encoder_and_nothing_that_is_a_target(name):
     with torch.no_grad():
         for p in method.encoder.parameters():
             p += 1
-    method.update_target(0.9)
+    assert bool(before) == hasattr(method, "target_encoder") == (name in ("MSN", "PMSN", "data2vec"))
+    if before:
+        method.update_target(0.9)
     after = [p for p in method.parameters() if not p.requires_grad]
     assert all((a - b).abs().max() == pytest.approx(0.1, abs=1e-4) for a, b in zip(after[:5], before[:5]))
 
@@ -192,8 +229,8 @@ def test_data2vec_regresses_the_target_network_on_whole_images(monkeypatch):
 def test_the_mae_decoder_sees_each_patch_at_its_place():
     torch.manual_seed(0)
     method, seen = imbalance.MAE(), []
-    method.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0] - method.place))
-    method.narrow.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    method.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0] - method.decoder_pos_embed))
+    method.decoder_embed.register_forward_hook(lambda module, inputs, output: seen.append(output))
     torch.manual_seed(1)
     method(imbalance.drawn_images(5, 0)[0])
     encoded, decoded = seen
@@ -212,7 +249,8 @@ def test_training_is_the_same_loop_for_all(monkeypatch):
     class Method(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder, self.batches, self.rates, self.moved = torch.nn.Linear(1, 1), [], [], []
+            self.encoder = self.target_encoder = torch.nn.Linear(1, 1)
+            self.batches, self.rates, self.moved = [], [], []
 
         def forward(self, images):
             self.batches.append(images)
@@ -228,12 +266,19 @@ def test_training_is_the_same_loop_for_all(monkeypatch):
     classes = torch.arange(400) % 10 + 1
     args = parse("--epochs", 4, "--batch_size", 40, "--lr", 0.1)
     reports = []
-    assert imbalance.train("MAE", classes.clone(), classes, 2, args, 0, reports.append) is method.encoder
-    assert len(method.batches) == 40 and len(reports) == 4
+    encoder = imbalance.train("SimCLR", classes.clone(), classes, 2, args, 0, lambda *x: reports.append(x[:2]))
+    assert encoder is method.encoder and len(method.batches) == 40 and reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert {len(batch.unique()) for batch in method.batches} == {2}
     assert method.moved == [(0.99, step) for step in range(1, 41)]
     # AdamW on a gradient of one sign moves by about the rate, but for the weight decay of 5% of it
     assert method.rates[3] == pytest.approx(0.1, abs=0.03) and method.rates[0] < 0.03 and method.rates[-1] < 0.001
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    images, classes = imbalance.drawn_images(200, 0)
+    args = parse("--epochs", 1, "--batch_size", 20, "--lr", 1e30)
+    with pytest.raises(imbalance.UserError, match="MAE: the loss of epoch 1 is not finite; a lower --lr may help"):
+        imbalance.train("MAE", images, classes, 10, args, 0, lambda *report: None)
 
 
 def test_the_batch_prior_gives_the_present_classes_their_share():
@@ -332,16 +377,18 @@ def test_quick_run_writes_everything(tmp_path):
             (scores,) = results["scores"][name][sampling]
             assert set(scores) == set(imbalance.TASKS) and all(0 <= value <= 1 for value in scores.values())
     assert results["scores"]["MSN"]["balanced"] == results["scores"]["PMSN"]["balanced"]  # the same method there
-    assert "the two shares of a class differ by 0.0" in result.stdout
+    assert "the two shares of a class differ by 0.000 at most" in result.stdout
     assert "[2] of 10 classes each" in result.stdout and "[10] of 10 classes each" in result.stdout
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "/nowhere"], "--data /nowhere: neither drawn, CIFAR10 nor a folder that exists"),
     (["--classes_per_batch", "0"], "--classes_per_batch must be at least 1, got 0"),
-    (["--classes_per_batch", "11"], "--classes_per_batch 11: classes_per_batch must lie in 1..10, got 11"),
+    (["--classes_per_batch", "11"], "--classes_per_batch must be less than the 10 classes of --data drawn, got 11"),
     (["--images", "10"], "--images must be at least 200, got 10"),
-    (["--images", "300", "--batch_size", "400"], "--batch_size 400 is larger than the data set of 300 --images"),
+    (["--images", "300", "--batch_size", "400"], "--batch_size 400 is larger than the data set of 300 images"),
+    (["--images", "200", "--batch_size", "50"], "imbalanced mini-batches, 50 images of 2 classes: one would hold an "
+     "image twice; a smaller --batch_size or more images may help"),
     (["--lr", "0"], "--lr must be positive, got 0.0"),
     (["--out", "/proc/x"], "cannot write to --out /proc/x: No such file or directory"),
 ])
