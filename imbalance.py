@@ -497,7 +497,7 @@ def plot(scores, summary, classes_per_batch, path):
                                             for m in methods], fontsize=9)
     axes[0].set_ylabel(f"lost by mini-batches of {classes_per_batch} classes\n(linear probe, points)")
     if summary["claim"] is not None:
-        figure.suptitle("mean loss with a volume term {volume}, without {no_volume} points of the class".format(
+        figure.suptitle("class accuracy lost: {volume} points with a volume term, {no_volume} without".format(
             **{name: text(cell) for name, cell in summary["claim"]["semantic"].items()}))
     keys = {"volume term": "#30638e", "volume term, prior follows the mini-batch": "#d1495b", "none": "#8c8c8c"}
     figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in keys.values()], keys,
