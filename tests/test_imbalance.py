@@ -366,8 +366,8 @@ def test_summary_by_hand(capsys):
 
 
 def test_quick_run_writes_everything(tmp_path):
-    result = subprocess.run([sys.executable, "imbalance.py", "--quick", "--out", str(tmp_path)], cwd=REPOSITORY,
-                            capture_output=True, text=True, timeout=200)
+    result = subprocess.run([sys.executable, "imbalance.py", "--quick", "--images", "250", "--out", str(tmp_path)],
+                            cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "imbalance.png"}
     results = json.loads((tmp_path / "results.json").read_text())
