@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
 
 import pmsn
@@ -116,16 +117,13 @@ def find_folder(folder, train):
         raise UserError(f"--data {folder}: wanted are train and test (or val), or class folders; there is "
                         f"{splits[0].name} without its other half")
     try:
-        data = [torchvision.datasets.ImageFolder(split) for split in splits or [folder]]
+        if splits and find_classes(splits[0])[0] != find_classes(splits[1])[0]:
+            raise UserError(f"--data {folder}: {splits[0].name} and {splits[1].name} hold different classes")
+        data = torchvision.datasets.ImageFolder(splits[0 if train else 1] if splits else folder)
     except OSError as error:
         raise UserError(f"--data {folder}: {error}") from None
-    if not splits:
-        numbers = torch.arange(len(data[0]))
-        return data[0], numbers[(numbers % 5 > 0) == train]
-    if data[0].classes != data[1].classes:
-        raise UserError(f"--data {folder}: {splits[0].name} and {splits[1].name} hold different classes")
-    data = data[0 if train else 1]
-    return data, torch.arange(len(data))
+    numbers = torch.arange(len(data))
+    return data, numbers if splits else numbers[(numbers % 5 > 0) == train]
 
 
 def low_level(images):
@@ -449,8 +447,7 @@ def text(cell, digits=1):
 
 def print_results(summary, classes_per_batch):
     print(f"\nlinear probe, accuracy in %, mean ± std over seeds; imbalanced: {classes_per_batch} classes a mini-batch")
-    for task in TASKS:
-        kind = next(kind for kind, tasks in KINDS.items() if task in tasks)
+    for kind, task in ((kind, task) for kind, tasks in KINDS.items() for task in tasks):
         print(f"\n{f'{task} ({kind})':<23} {'balanced':>12} {'imbalanced':>12} {'drop':>12}")
         for method, row in summary["methods"].items():
             print(f"{method:<23} {text(row['balanced'][task]):>12} {text(row['imbalanced'][task]):>12} "
@@ -485,7 +482,9 @@ def write_whole(path, write):
 def plot(scores, summary, classes_per_batch, path):
     """Fig. 5: what imbalanced mini-batches change, for the class and for what is low-level; a point is a seed."""
     methods = list(summary["methods"])
-    colours = ["#30638e" if m in VOLUME else "#d1495b" if m == "PMSN" else "#8c8c8c" for m in methods]
+    groups = {"volume term": (VOLUME, "#30638e"), "volume term, prior follows the mini-batch": (("PMSN",), "#d1495b"),
+              "none": (NO_VOLUME, "#8c8c8c")}
+    colours = [next(colour for group, colour in groups.values() if m in group) for m in methods]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
     for ax, (kind, tasks) in zip(axes, KINDS.items()):
         ax.bar(methods, [100 * summary["methods"][m]["drop"][kind]["mean"] for m in methods], color=colours)
@@ -500,8 +499,7 @@ def plot(scores, summary, classes_per_batch, path):
     if summary["claim"] is not None:
         figure.suptitle("class accuracy lost: {volume} points with a volume term, {no_volume} without".format(
             **{name: text(cell) for name, cell in summary["claim"]["semantic"].items()}))
-    keys = {"volume term": "#30638e", "volume term, prior follows the mini-batch": "#d1495b", "none": "#8c8c8c"}
-    figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in keys.values()], keys,
+    figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in groups.values()], groups,
                   loc="outside lower center", ncols=3, frameon=False)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
