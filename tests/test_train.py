@@ -1,5 +1,6 @@
 """train_inat.py: data, schedules, exact resumption after any death, errors, evaluation, timm."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pmsn
 import train_inat
@@ -219,6 +221,42 @@ def test_accumulated_step_is_the_whole_batchs(options, monkeypatch):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-9, atol=1e-12)
     for one, two in zip(summed, gradients):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [[], ["--accumulate", 2], ["--sinkhorn_iterations", 2, "--relative_sharpening"]])
+def test_a_step_on_cuda_waits_for_nothing_and_mixes_no_devices(options, monkeypatch):
+    """Simulated, all but the backward pass: fake tensors of a CUDA device have no values, so that `.item()`, a mask as
+    index or an operand on the CPU raise. bfloat16 in the encoder, float32 in the loss."""
+    cuda, dtypes = torch.device("cuda"), []
+    args = train_inat.parse(["--data", "x", "--model", "vit_micro", "--image_size", "64", "--focal_size", "32",
+                             "--precision", "bf16", *map(str, options)])
+    model = train_inat.make_model(args, pmsn.power_law_prior(12, 0.25))
+    model.encoder.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+
+    def backward(loss):
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
+    monkeypatch.setattr(train_inat, "fork_random", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(pmsn, "constant", pmsn.constant.__wrapped__)  # not kept for real tensors
+    monkeypatch.setattr(torch, "randperm", lambda count: np.random.permutation(count))  # on the CPU, of real numbers
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty(parameter.shape, device=cuda)
+                setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=cuda))
+        optimizer = train_inat.make_optimizer(model, cuda)
+        pixels = torch.empty(8, 96, 96, 3, dtype=torch.uint8, device=cuda)
+        terms = train_inat.optimise(model, optimizer, args, pixels, torch.empty(8, 2, device=cuda), cuda)
+        model.update_target(0.99)
+    assert {(term.device.type, term.dtype) for term in terms.values()} == {("cuda", torch.float32)}
+    assert dtypes and set(dtypes) == {torch.bfloat16}
 
 
 # ---- Stopping and going on -------------------------------------------------------------------------------------------
