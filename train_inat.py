@@ -305,7 +305,7 @@ def optimise(model, optimizer, args, pixels, sizes, device):
             (loss / len(parts)).backward()
         terms = {"loss": loss.detach(), **terms}
         sums = terms if sums is None else {name: sums[name] + terms[name] for name in sums}
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
     optimizer.step()
     return {"norm": norm, **{name: total / len(parts) for name, total in sums.items()}}
 
@@ -389,8 +389,6 @@ def load_checkpoint(out):
 def read_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
     except Exception:  # whatever torch.load makes of a damaged or foreign file
         state = None
     if not isinstance(state, dict) or "settings" not in state:
@@ -457,6 +455,7 @@ def train(args, rank, world_size, device, until=None):
         restore_random(state["random"][rank], device)
 
     def finish_epoch(epoch):
+        began = time.perf_counter()
         if validation and (epoch % args.eval_every == 0 or step == len(lr)):
             evaluate(args, model.target_encoder, training, validation, rank, world_size, device, epoch)
         if rank == 0 and step:
@@ -464,6 +463,7 @@ def train(args, rank, world_size, device, until=None):
             write_whole(args.out / "encoder.pt", functools.partial(torch.save, encoder))
             plot_training(args.out)
             plot_prototypes(args.out, usage.cpu(), prior, args.prior)
+        log.skip(time.perf_counter() - began)
 
     def stop_if_not_finite():  # p_bar is that of all ranks: what is not finite in one is not in any
         if first_bad.isfinite():
@@ -480,6 +480,7 @@ def train(args, rank, world_size, device, until=None):
                      "random": states, "unreadable": sorted(unreadable.known), "settings": this_run}
             write_whole(args.out / "checkpoint.pt", functools.partial(torch.save, state),
                         previous=args.out / "checkpoint_previous.pt")
+        gather(None)  # torchrun gives the others 30 s once a process has ended: none before the file is whole
 
     if step % steps_an_epoch == 0:  # epoch 0: random weights; another: its checkpoint may be all there is of it
         finish_epoch(step // steps_an_epoch)
@@ -545,7 +546,7 @@ def read_lines(file):
 
 class Log:
     """Rank 0: an aligned line every args.log_every steps, the same in metrics.jsonl. No value leaves the device between
-    lines."""
+    lines; so on CUDA the time spent waiting for data, as the CPU sees it, is an upper bound: the GPU may be busy."""
 
     def __init__(self, args, rank, step, steps, steps_an_epoch):
         self.args, self.active, self.steps, self.steps_an_epoch = args, rank == 0, steps, steps_an_epoch
@@ -563,6 +564,11 @@ class Log:
     def say(self, text):
         if self.active:
             print(text, flush=True)
+
+    def skip(self, seconds):
+        """Leave an evaluation out of images/s; the one before the first line out of the time left, too."""
+        self.last += seconds
+        self.began += seconds if self.since == self.first else 0
 
     def due(self, step):
         return step % self.args.log_every == 0 or step == self.steps
@@ -829,7 +835,7 @@ def benchmark_device(args, device, paths):
     size = min(args.batch_size, 256)  # the usual pipeline's batches are large: 2.3 MB an image
     model = make_model(args, pmsn.power_law_prior(args.prototypes, args.exponent)).to(device)
     optimizer = make_optimizer(model, device)
-    print(f"{torch.cuda.get_device_name(device)}, {args.workers} workers, {args.model}, batch {size}, "
+    print(f"{torch.cuda.get_device_name(device)}, {max(1, args.workers)} workers, {args.model}, batch {size}, "
           f"{args.precision}, compile {args.compile}, torch {torch.__version__}")
 
     def step(views):
@@ -840,20 +846,14 @@ def benchmark_device(args, device, paths):
         optimizer.step()
         model.update_target(0.996)
 
-    def rate(batches, make, warmup, count):  # images/s, share of the time that next(batches) took
-        batches = iter(batches)
-        for i in range(warmup + count):
-            if i == warmup:  # what was decoded before is used up
-                torch.cuda.synchronize()
-                began, waited = time.perf_counter(), 0.0
-            before = time.perf_counter()
-            batch = next(batches)
-            if i >= warmup:
-                waited += time.perf_counter() - before
+    def rate(batches, make, warmup, count):  # images/s
+        for i, batch in zip(range(warmup + count), batches):
             step(make(batch))
+            if i + 1 == warmup:  # what was decoded before is used up
+                torch.cuda.synchronize()
+                began = time.perf_counter()
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        return count * size / seconds, waited / seconds
+        return count * size / (time.perf_counter() - began)
 
     def to_device(tensors):
         return [x.to(device, non_blocking=True) for x in tensors]
@@ -877,24 +877,25 @@ def benchmark_device(args, device, paths):
     matrix = 100 * 2 * 8192**3 / (time.perf_counter() - began)
 
     views = make_views(args, pixels, sizes)
-    alone, _ = rate([views] * 25, lambda v: v, 5, 20)
+    alone = rate([views] * 25, lambda v: v, 5, 20)
     print(f"  step alone                  {alone:>9.0f} images/s, {flops * alone / 1e12:.0f} TFLOP/s, "
           f"{flops * alone / matrix:.0%} of the matrix rate of {matrix / 1e12:.0f}")
     del views
     torch.cuda.reset_peak_memory_stats()
-    with_views, _ = rate([None] * 25, lambda _: make_views(args, pixels, sizes), 5, 20)
+    with_views = rate([None] * 25, lambda _: make_views(args, pixels, sizes), 5, 20)
     print(f"  step with multi_crop        {with_views:>9.0f} images/s, memory "
           f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    warmup, count = 3 * args.workers, 4 * args.workers  # workers hold up to two batches each, and one in the making
+    workers = max(1, args.workers)
+    warmup, count = 3 * workers, 4 * workers  # workers hold up to two batches each, and one in the making
     plan = [[(i * size + j) % len(paths) for j in range(size)] for i in range(warmup + count)]
-    ours, waiting = rate(load(images, plan, args.workers), lambda b: make_views(args, *to_device(b[:2])), warmup, count)
-    print(f"  ours, from files            {ours:>9.0f} images/s, waiting for data {waiting:.1%}; 300 epochs of iNat18: "
-          f"{300 * 437_513 / ours / 3600:.0f} hours")
-    loader = DataLoader(UsualImages(paths, args), batch_sampler=plan, num_workers=args.workers, pin_memory=True,
+    ours = rate(load(images, plan, workers), lambda b: make_views(args, *to_device(b[:2])), warmup, count)
+    print(f"  ours, from files            {ours:>9.0f} images/s, waiting for data {max(0, 1 - ours / with_views):.1%}; "
+          f"300 epochs of iNat18 in batches of {size}: {300 * 437_513 / ours / 3600:.0f} hours")
+    loader = DataLoader(UsualImages(paths, args), batch_sampler=plan, num_workers=workers, pin_memory=True,
                         collate_fn=usual_collate, prefetch_factor=1)
-    usual, waiting = rate(loader, to_device, warmup, count)
-    print(f"  usual pipeline, from files  {usual:>9.0f} images/s, waiting for data {waiting:.1%}; ours is "
-          f"{ours / usual:.2f} times that")
+    usual = rate(loader, to_device, warmup, count)
+    print(f"  usual pipeline, from files  {usual:>9.0f} images/s, waiting for data {max(0, 1 - usual / alone):.1%}; "
+          f"ours is {ours / usual:.2f} times that")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -905,7 +906,8 @@ def parse(argv):
     add = parser.add_argument
     add("--data", type=Path, help="iNat18, or a folder of class folders, or of `train` and `val`")
     add("--long_tail", type=float, metavar="EXPONENT", help="train on a subset with power-law class frequencies")
-    add("--out", type=Path, help="checkpoints, figures and logs (default: runs/inat, with --quick runs/quick)")
+    add("--out", type=Path, help="checkpoints, figures and logs (default: runs/inat; with --quick runs/quick; with "
+        "--eval the folder of the checkpoint)")
     add("--model", default="vit_small", choices=("vit_micro", "vit_tiny", "vit_small", "vit_base"),
         help="default: vit_small")
     add("--prior", default="power_law", choices=("power_law", "uniform", "classes"), help="uniform is MSN; classes: "
@@ -918,7 +920,7 @@ def parse(argv):
     add("--accumulate", type=int, default=1, help="parts that a process takes its share of the batch in (default: 1)")
     add("--lr", type=float, default=1e-3, help="peak learning rate, for the global batch (default: .001)")
     add("--momentum", type=float, default=0.996, help="of the target at the start; it rises to 1 (default: .996)")
-    add("--clip", type=float, default=3.0, help="largest norm of the gradient (default: 3)")
+    add("--clip", type=float, default=3.0, help="largest norm of the gradient; 0: any (default: 3)")
     add("--image_size", type=int, default=224, help="pixels of target and masked views (default: 224)")
     add("--focal_size", type=int, default=96, help="pixels of focal views (default: 96)")
     add("--focal_views", type=int, default=10, help="focal views an image (default: 10)")
@@ -939,7 +941,7 @@ def parse(argv):
     add("--quick", action="store_true", help="the whole path on made images, under 90 seconds on two cores")
     add("--benchmark", action="store_true", help="where the time goes, on --data or on made images")
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs/quick" if args.quick else "runs/inat")
+    args.out = args.out or (args.eval.parent if args.eval else Path("runs/quick" if args.quick else "runs/inat"))
     if args.quick:
         args.model, args.image_size, args.focal_size, args.patch_size = "vit_micro", 32, 16, 4
         args.storage_size, args.focal_views, args.prototypes = 64, 2, 16
@@ -957,6 +959,10 @@ def check(args):
     """UserError for what is wrong with the arguments."""
     if args.data is None and not (args.quick or args.benchmark):
         raise UserError("--data is needed: iNat18 or a folder of class folders; --quick makes its own images")
+    if args.eval and not args.eval.is_file():
+        raise UserError(f"{args.eval}: no such checkpoint")
+    if args.benchmark and (args.accumulate > 1 or args.checkpoint_activations):
+        raise UserError("--benchmark measures whole batches: without --accumulate and --checkpoint_activations")
     if args.long_tail is not None and not 0 <= args.long_tail < 10:
         raise UserError(f"--long_tail must be in 0..10, got {args.long_tail}")
     for name, low, high in (("epochs", 1, None), ("warmup", 0, None), ("batch_size", 2, None), ("accumulate", 1, None),
@@ -1030,6 +1036,7 @@ if __name__ == "__main__":
     except UserError as error:
         give_up(error, 2)
     except torch.cuda.OutOfMemoryError:
-        give_up("out of GPU memory: try --accumulate 2, 4, ... or --checkpoint_activations", 2)
+        give_up("out of GPU memory: try --accumulate 2, 4, ... or --checkpoint_activations; with --benchmark a smaller "
+                "--batch_size", 2)
     except KeyboardInterrupt:
         give_up("stopped; the same command goes on from the checkpoint", 130)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +260,24 @@ def test_a_step_on_cuda_waits_for_nothing_and_mixes_no_devices(options, monkeypa
     assert dtypes and set(dtypes) == {torch.bfloat16}
 
 
+def test_images_per_second_and_time_left_by_hand(tmp_path, monkeypatch, capsys):
+    """Steps of 2 s; evaluations of 50 s before the first and of 6 s after the second."""
+    now = 100.0
+    monkeypatch.setattr(train_inat, "time", SimpleNamespace(perf_counter=lambda: now))
+    args = parse("--data", "x", "--out", tmp_path, "--log_every", 2)
+    log = train_inat.Log(args, 0, 0, 10, 2)
+    terms = {name: torch.tensor(1.0) for name in train_inat.TERMS}
+    for step, evaluation in ((1, 50), (2, 0), (3, 6), (4, 0)):
+        now += evaluation
+        log.skip(evaluation)
+        now += 2
+        log.add(step, terms, 0.5, 0.1)
+    for line in train_inat.read_lines(tmp_path / "metrics.jsonl"):
+        assert line["images_per_second"] == 5 and line["waiting"] == 0.25 and line["loss"] == 1
+    left = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert left == ["0:00:16", "0:00:21"]  # 8 steps of 2 s; 6 of 14 / 4 s
+
+
 # ---- Stopping and going on -------------------------------------------------------------------------------------------
 
 
@@ -435,7 +454,8 @@ def clip(parameters, norm, plain=torch.nn.utils.clip_grad_norm_, calls=[]):
         next(p for p in parameters if p.grad is not None).grad.fill_(float('nan'))
     return plain(parameters, norm)
 torch.nn.utils.clip_grad_norm_ = clip"""
-    _, err = finish(run("--data", data, "--out", tmp_path, "--save_every", 2, "--log_every", 100, code=code), 2)
+    _, err = finish(run("--data", data, "--out", tmp_path, "--save_every", 2, "--log_every", 100, "--clip", 0,
+                        code=code), 2)
     assert "loss or gradient is not finite since step 4; the last good checkpoint" in err
     state = weights(tmp_path)
     assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
@@ -476,6 +496,8 @@ def test_a_damaged_checkpoint_is_said(tmp_path):
     (["--data", "DATA", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["--data", "DATA", "--out", "/proc/x"], "cannot write to --out /proc/x: No such file or directory"),
     (["--data", "DATA", "--eval", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
+    (["--benchmark", "--accumulate", "2"], "--benchmark measures whole batches: without --accumulate and "
+     "--checkpoint_activations"),
 ])
 def test_bad_input_is_named(arguments, message, data, tmp_path):
     arguments = [str(data) if argument == "DATA" else argument for argument in arguments]
