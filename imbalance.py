@@ -446,8 +446,13 @@ def text(cell, digits=1):
     return f"{100 * cell['mean']:.{digits}f}{spread}"
 
 
+def number_of_classes(count):
+    return f"{count} class{'es' * (count > 1)}"
+
+
 def print_results(summary, classes_per_batch):
-    print(f"\nlinear probe, accuracy in %, mean ± std over seeds; imbalanced: {classes_per_batch} classes a mini-batch")
+    print("\nlinear probe, accuracy in %, mean ± std over seeds; imbalanced: mini-batches of "
+          f"{number_of_classes(classes_per_batch)}")
     for kind, task in ((kind, task) for kind, tasks in KINDS.items() for task in tasks):
         print(f"\n{f'{task} ({kind})':<23} {'balanced':>12} {'imbalanced':>12} {'drop':>12}")
         for method, row in summary["methods"].items():
@@ -486,17 +491,17 @@ def plot(scores, summary, classes_per_batch, path):
     groups = {"volume term": (VOLUME, "#30638e"), "volume term, prior follows the mini-batch": (("PMSN",), "#d1495b"),
               "none": (NO_VOLUME, "#8c8c8c")}
     colours = [next(colour for group, colour in groups.values() if m in group) for m in methods]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    for ax, (kind, tasks) in zip(axes, KINDS.items()):
-        ax.bar(methods, [100 * summary["methods"][m]["drop"][kind]["mean"] for m in methods], color=colours)
+    figure, axes = plt.subplots(1, 4, figsize=(14, 4.4), layout="constrained", sharey=True)
+    for ax, (kind, task) in zip(axes, ((kind, task) for kind, tasks in KINDS.items() for task in tasks)):
+        ax.bar(methods, [100 * summary["methods"][m]["drop"][task]["mean"] for m in methods], color=colours)
         for place, method in enumerate(methods):
-            drops = [100 * d for d in drop(scores, method, tasks)]
+            drops = [100 * d for d in drop(scores, method, [task])]
             ax.plot([place] * len(drops), drops, "o", color="black", markersize=3.5)
         ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_title(f"{kind}: {', '.join(tasks)}")
-        ax.set_xticks(range(len(methods)), [m if summary["methods"][m]["learned"] else f"{m}\n(did not\nlearn)"
-                                            for m in methods], fontsize=9)
-    axes[0].set_ylabel(f"lost by mini-batches of {classes_per_batch} classes\n(linear probe, points)")
+        ax.set_title(f"{task} ({kind})")
+        ax.set_xticks(range(len(methods)), [m if summary["methods"][m]["learned"] else f"{m} (did not learn)"
+                                            for m in methods], rotation=45, ha="right", rotation_mode="anchor")
+    axes[0].set_ylabel(f"lost by mini-batches of {number_of_classes(classes_per_batch)}\n(linear probe, points)")
     if summary["claim"] is not None:
         figure.suptitle("class accuracy lost: {volume} points with a volume term, {no_volume} without".format(
             **{name: text(cell) for name, cell in summary["claim"]["semantic"].items()}))
