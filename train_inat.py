@@ -444,6 +444,8 @@ def train(args, rank, world_size, device, until=None):
         for block in model.encoder.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if args.compile:
+        if args.checkpoint_activations:  # torch 2.4 cannot split such graphs for DDP
+            torch._dynamo.config.optimize_ddp = False
         compile_encoders(model)
     parallel = model
     if world_size > 1:
