@@ -835,9 +835,10 @@ def benchmark_device(args, device, paths):
     from torch.utils.flop_counter import FlopCounterMode
 
     size = min(args.batch_size, 256)  # the usual pipeline's batches are large: 2.3 MB an image
+    workers = max(1, args.workers)
     model = make_model(args, pmsn.power_law_prior(args.prototypes, args.exponent)).to(device)
     optimizer = make_optimizer(model, device)
-    print(f"{torch.cuda.get_device_name(device)}, {max(1, args.workers)} workers, {args.model}, batch {size}, "
+    print(f"{torch.cuda.get_device_name(device)}, {workers} workers, {args.model}, batch {size}, "
           f"{args.precision}, compile {args.compile}, torch {torch.__version__}")
 
     def step(views):
@@ -887,7 +888,6 @@ def benchmark_device(args, device, paths):
     with_views = rate([None] * 25, lambda _: make_views(args, pixels, sizes), 5, 20)
     print(f"  step with multi_crop        {with_views:>9.0f} images/s, memory "
           f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    workers = max(1, args.workers)
     warmup, count = 3 * workers, 4 * workers  # workers hold up to two batches each, and one in the making
     plan = [[(i * size + j) % len(paths) for j in range(size)] for i in range(warmup + count)]
     ours = rate(load(images, plan, workers), lambda b: make_views(args, *to_device(b[:2])), warmup, count)
