@@ -1,0 +1,788 @@
+"""The tests of pmsn.py, in the order of its sections.
+
+Each test compares with a case worked by hand, a NumPy loop, float64, or another library.
+"""
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import pmsn
+
+# recorded.json holds results of the first version of this project, which a rewrite must repeat.
+# Its inputs are sine waves, so they do not depend on a random generator.
+RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
+
+def wave(rows, cols, phase):
+    n = torch.arange(rows * cols, dtype=torch.float64)
+    return torch.sin(1.7 * n + 0.3 * torch.sin(0.9 * n * phase) + phase).view(rows, cols) * 2
+
+def close(got, expected, atol):
+    """Compare tensors, arrays, lists or numbers, whatever their precision."""
+    got, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, expected))
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0)
+
+def random_inputs(views=3, batch=4, dim=6, num_prototypes=5):
+    """Anchors (views * batch, dim), targets (batch, dim) and prototypes, none of unit length."""
+    generator = torch.Generator().manual_seed(0)
+    return [2 * torch.randn(n, dim, generator=generator, dtype=torch.float64)
+            for n in (views * batch, batch, num_prototypes)]
+
+def add_noise(module):
+    """Move every parameter, so that biases and scales matter too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return module
+
+def finite_differences(function, x):
+    """The gradient of a function of the tensor x."""
+    gradient = torch.zeros_like(x)
+    for index in np.ndindex(*x.shape):
+        step = torch.zeros_like(x)
+        step[index] = 1e-5
+        gradient[index] = (function(x + step) - function(x - step)) / 2e-5
+    return gradient
+
+def numpy_predict(z, prototypes, temperature):
+    """softmax(cosine / temperature) over the prototypes, for one embedding."""
+    cosines = [z @ q / math.sqrt(z @ z) / math.sqrt(q @ q) for q in prototypes]
+    scores = np.exp(np.array(cosines) / temperature)
+    return scores / scores.sum()
+
+def numpy_sinkhorn(p, prior, iterations):
+    """Every column in turn gets its share, then every row the sum 1."""
+    p = p.copy()
+    for _ in range(iterations):
+        for k in range(p.shape[1]):
+            p[:, k] *= prior[k] * len(p) / p[:, k].sum()
+        for i in range(len(p)):
+            p[i] /= p[i].sum()
+    return p
+
+def numpy_pmsn(anchors, targets, prototypes, prior, temperature=0.1, sharpening=0.25,
+               prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False, frozen=None):
+    """Loss, cross-entropy, KL and p_bar as the paper writes them. Anchor i has target i modulo B.
+
+    Targets are made with the `frozen` prototypes, where these are given.
+    """
+    anchors, targets, prototypes, prior = map(np.asarray, (anchors, targets, prototypes, prior))
+    frozen = prototypes if frozen is None else np.asarray(frozen)
+    reference = prior if relative_sharpening else np.ones_like(prior)
+    codes = []
+    for target in targets:
+        p = numpy_predict(target, frozen, temperature)
+        p = reference * (p / reference) ** (1 / sharpening)
+        codes.append(p / p.sum())
+    codes = numpy_sinkhorn(np.array(codes), prior, sinkhorn_iterations)
+    predictions = np.array([numpy_predict(z, prototypes, temperature) for z in anchors])
+    costs = [-codes[i % len(targets)] @ np.log(p) for i, p in enumerate(predictions)]
+    cross_entropy, p_bar = np.mean(costs), predictions.mean(axis=0)
+    kl = sum(p_bar[k] * math.log(p_bar[k] / prior[k]) for k in range(len(prior)))
+    return cross_entropy + prior_weight * kl, cross_entropy, kl, p_bar
+
+# ---- Priors --------------------------------------------------------------------------------------
+def test_priors_by_hand():
+    # 1 + 1/2 + 1/3 = 11/6, and 1 + 1/4 + 1/9 + 1/16 = 205/144
+    close(pmsn.power_law_prior(3, 1.0), [6 / 11, 3 / 11, 2 / 11], 1e-7)
+    close(pmsn.power_law_prior(4, 2.0), [144 / 205, 36 / 205, 16 / 205, 9 / 205], 1e-7)
+    close(pmsn.power_law_prior(4, 0.0), [0.25] * 4, 0)
+    close(pmsn.class_prior([1, 5, 2]), [0.625, 0.25, 0.125], 0)  # largest first
+    assert pmsn.power_law_prior(1024, 0.25).dtype == torch.float32
+
+def test_what_gives_no_prior_is_refused():
+    for exponent in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError):
+            pmsn.power_law_prior(5, exponent)
+    for counts in ([], [3, 0, 1], [3, -1], [3, math.nan], [3, math.inf], [[1, 2]]):
+        with pytest.raises(ValueError):
+            pmsn.class_prior(counts)
+    for length in (1, 4, 6):  # There are 5 prototypes.
+        with pytest.raises((ValueError, RuntimeError), match="size|prior"):
+            pmsn.pmsn_loss(*random_inputs(), torch.full((length,), 1 / length))
+
+@pytest.mark.parametrize("prior", [
+    [0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]),  # no tensor
+    torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.6, 0.6, -0.2]),
+    torch.tensor([0.5, 0.5, math.nan]),
+    torch.tensor([0.4, 0.4, 0.4]), torch.tensor([0.3, 0.3, 0.3]),  # The sum is wrong.
+    torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor(1.0)])  # The rank is wrong.
+def test_no_prior_is_refused(prior):
+    with pytest.raises(ValueError, match="prior"):
+        pmsn.pmsn_loss(*random_inputs(num_prototypes=3), prior)
+    with pytest.raises(ValueError, match="prior"):
+        pmsn.PMSN(SmallEncoder(), prior)
+
+# ---- Loss ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [
+    {},
+    {"temperature": 0.3, "sharpening": 1.0, "prior_weight": 0.0},
+    {"temperature": 0.5, "prior_weight": 2.5, "sinkhorn_iterations": 2},
+    {"temperature": 0.5, "sharpening": 0.5, "relative_sharpening": True},
+    {"sharpening": 0.4, "relative_sharpening": True, "sinkhorn_iterations": 3}])
+def test_loss_equals_numpy_loop(options):
+    """Three views and a skewed prior that is not sorted. The defaults are the ones of the paper."""
+    prior = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
+    expected, cross_entropy, kl, p_bar = numpy_pmsn(*random_inputs(), prior, **options)
+    loss, terms = pmsn.pmsn_loss(*random_inputs(), prior, **options)
+    close(loss, expected, 1e-9)
+    close(terms["cross_entropy"], cross_entropy, 1e-9)
+    close(terms["prior_kl"], kl, 1e-9)
+    close(terms["mean_prediction"], p_bar, 1e-9)
+    close(terms["effective_prototypes"], math.exp(-(p_bar @ np.log(p_bar))), 1e-8)
+
+@pytest.mark.parametrize("i", range(20))
+def test_loss_equals_recorded_values(i):
+    case = RECORDED["cases"][i]
+    dim, batch, num_prototypes = case["dim"], case["batch"], case["K"]
+    z, q = wave(case["views"] * batch, dim, i + 1), wave(num_prototypes, dim, i + 61)
+    prior = pmsn.power_law_prior(num_prototypes, case["exponent"])
+    loss, terms = pmsn.pmsn_loss(z.requires_grad_(), wave(batch, dim, i + 31), q.requires_grad_(),
+                                 prior, **case["options"])
+    loss.backward()
+    close(loss, case["loss"], 1e-6)
+    for name, value in case["terms"].items():
+        close(terms[name], value, 1e-6)
+    for x, name in ((z, "anchor_gradient"), (q, "prototype_gradient")):
+        summary = [x.grad.sum(), x.grad.abs().sum(), (x.grad * wave(*x.shape, 7)).sum()]
+        close(summary, case[name], 1e-6)
+
+def test_uniform_prior_is_msn():
+    """MSN is written out: cross-entropy + weight * (log K - H(p_bar))."""
+    inputs = random_inputs(views=2)
+    z, z_target, q = (x / x.pow(2).sum(1, keepdim=True).sqrt() for x in inputs)
+    p = torch.softmax(z @ q.T / 0.1, 1)
+    p_target = torch.softmax(z_target @ q.T / 0.1, 1) ** 4
+    p_target = (p_target / p_target.sum(1, keepdim=True)).repeat(2, 1)
+    entropy = -(p.mean(0) * p.mean(0).log()).sum()
+    msn = -(p_target * p.log()).sum(1).mean() + 1.5 * (math.log(5) - entropy)
+    loss, _ = pmsn.pmsn_loss(*inputs, pmsn.power_law_prior(5, 0.0), prior_weight=1.5)
+    close(loss, msn, 1e-6)
+
+def test_direction_of_the_divergence():
+    """p_bar = (.5, .5), pi = (.8, .2): KL(p_bar || pi) is log 1.25 = .223, KL(pi || p_bar) .193."""
+    anchors = torch.tensor([[3.0, 3.0]])
+    _, terms = pmsn.pmsn_loss(anchors, anchors, torch.eye(2), torch.tensor([0.8, 0.2]))
+    close(terms["prior_kl"], math.log(1.25), 1e-6)
+
+def test_gradient_equals_finite_differences_of_the_numpy_loop():
+    """The targets of the loop keep the unmoved prototypes, so no gradient flows through them."""
+    anchors, targets, prototypes = random_inputs(views=2, batch=2, dim=3, num_prototypes=3)
+    prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    options = {"temperature": 0.5, "sinkhorn_iterations": 2}
+    z, z_target, q = (x.clone().requires_grad_() for x in (anchors, targets, prototypes))
+    loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, **options)
+    loss.backward()
+    assert z_target.grad is None and not any(term.requires_grad for term in terms.values())
+    options["frozen"] = prototypes
+    close(z.grad, finite_differences(
+        lambda x: numpy_pmsn(x, targets, prototypes, prior, **options)[0], anchors), 1e-7)
+    close(q.grad, finite_differences(
+        lambda x: numpy_pmsn(anchors, targets, x, prior, **options)[0], prototypes), 1e-7)
+
+@pytest.mark.parametrize("temperature, autocast", [(0.1, 0), (0.1, 1), (0.01, 0), (0.01, 1)])
+@pytest.mark.parametrize("options", [{}, {"sinkhorn_iterations": 3}, {"relative_sharpening": True}])
+def test_extreme_inputs_stay_finite(options, temperature, autocast):
+    """Only directions count, so embeddings of norm 1e-8 and 1e8 have the same loss."""
+    plain, prior = [x.float() for x in random_inputs()], pmsn.power_law_prior(5, 1.5)
+    # All images fit the first prototype. At temperature .01 the other predictions underflow to 0.
+    first = plain[2][:1]
+    collapsed = [first.repeat(12, 1), first.repeat(4, 1), torch.cat([first, -first.repeat(4, 1)])]
+    zero = [0 * plain[0], 0 * plain[1], plain[2]]
+    losses = []
+    for inputs in ([1e-8 * x for x in plain], plain, [1e8 * x for x in plain], zero, collapsed):
+        z, z_target, q = (x.clone().requires_grad_() for x in inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
+            loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, temperature=temperature, **options)
+        loss.backward()
+        assert all(x.isfinite().all() for x in (loss, *terms.values(), z.grad, q.grad))
+        losses.append(loss.item())
+    assert losses[:3] == pytest.approx([losses[1]] * 3, rel=1e-4)
+
+def test_bfloat16_embeddings_get_the_float32_loss():
+    """Under autocast the loss is exactly the float32 loss of the same rounded embeddings."""
+    inputs, prior = [x.bfloat16() for x in random_inputs()], pmsn.power_law_prior(5, 1.0)
+    expected, _ = pmsn.pmsn_loss(*(x.float() for x in inputs), prior)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = pmsn.pmsn_loss(*inputs, prior)
+    assert torch.equal(loss, expected)
+
+# ---- Sharpening and Sinkhorn ---------------------------------------------------------------------
+def test_sharpen_by_hand():
+    """(.2, .3, .5) at T = 1/2 has the squares .04, .09, .25. Relative to (1/2, 1/4, 1/4) these are
+    .08, .36 and 1."""
+    log_p = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    log_prior = torch.tensor([0.5, 0.25, 0.25]).log()
+    close(pmsn.sharpen(log_p, 0.5).exp(), [[4 / 38, 9 / 38, 25 / 38]], 1e-6)
+    close(pmsn.sharpen(log_p, 0.5, log_prior).exp(), [[0.08 / 1.44, 0.36 / 1.44, 1 / 1.44]], 1e-6)
+    close(pmsn.sharpen(log_p, 1.0), log_p, 1e-6)
+    for sharpening in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="sharpening"):
+            pmsn.sharpen(log_p, sharpening)
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_sinkhorn_with_the_uniform_prior_is_the_published_one(iterations):
+    """The code of SwAV and MSN: columns to 1/K, rows to 1/B, and last a factor B."""
+    log_p = torch.log_softmax(random_inputs()[0] @ random_inputs()[2].T, dim=1)
+    q = log_p.exp().numpy()
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(axis=0, keepdims=True) / q.shape[1]
+        q = q / q.sum(axis=1, keepdims=True) / len(q)
+    got = pmsn.sinkhorn(log_p, torch.full((5,), 0.2).double().log(), iterations)
+    close(got.exp(), q * len(q), 1e-12)
+
+def test_constant_answer_and_its_two_remedies():
+    """Every image answers pi (K = 10, exponent 1.5, T = .25), so the prior term is 0.
+
+    Plain sharpening makes s = pi^4 / sum(pi^4) the target, which costs only -sum(s log pi) = .71.
+    Relative sharpening and Sinkhorn make pi the target, so the collapse costs H(pi) = 1.6.
+    """
+    prior = torch.arange(1, 11, dtype=torch.float64) ** -1.5
+    prior = prior / prior.sum()
+    collapsed = -(prior**4 / (prior**4).sum() @ prior.log())
+    entropy = -(prior @ prior.log())
+    close([collapsed, entropy], [0.7098, 1.6281], 1e-4)
+    # The prototypes are the axes. Off its mean, z is .1 log pi, and its length is 1.
+    z = 0.1 * (prior.log() - prior.log().mean())
+    z = (z + ((1 - z @ z) / 10).sqrt()).expand(6, -1)
+    for options, cost in (({}, collapsed), ({"relative_sharpening": True}, entropy),
+                          ({"sinkhorn_iterations": 1}, entropy)):
+        _, terms = pmsn.pmsn_loss(z, z, torch.eye(10).double(), prior, **options)
+        close(terms["prior_kl"], 0, 1e-9)
+        close(terms["cross_entropy"], cost, 1e-6)
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("num_prototypes", [64, 1024])
+def test_targets_in_float32_are_precise(num_prototypes, exponent):
+    """Sinkhorn has to pull 4 tight clusters of embeddings apart. If predictions were stored instead
+    of their logarithms, many would underflow, and some targets would be off by more than .1."""
+    generator = torch.Generator().manual_seed(1)
+    centers = torch.randn(4, 4, generator=generator)
+    z = centers[torch.arange(64) % 4] + 0.02 * torch.randn(64, 4, generator=generator)
+    q = torch.randn(num_prototypes, 4, generator=generator)
+    log_prior = pmsn.power_law_prior(num_prototypes, exponent).log()
+    cases = itertools.product((0.02, 0.05, 0.1), (0.1, 0.25), (0, 1))
+    for temperature, sharpening, relative in cases:
+        single = pmsn.log_predictions(z, q, temperature)
+        double = pmsn.log_predictions(z.double(), q.double(), temperature)
+        codes = []
+        for log_p in (single, single.double(), double):
+            prior = log_prior.to(log_p)
+            log_code = pmsn.sharpen(log_p, sharpening, relative * prior)
+            codes.append(pmsn.sinkhorn(log_code, prior, 3).exp())
+        close(codes[0], codes[1], 1e-5)
+        close(codes[0], codes[2], 1e-4)  # also from float32 embeddings
+
+# ---- Vision transformer --------------------------------------------------------------------------
+def small_vit(seed=0):
+    torch.manual_seed(seed)
+    vit = pmsn.VisionTransformer(image_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3)
+    return add_noise(vit.double())
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 96), (160, 96)])
+def test_features_equal_timms(size):
+    """Weights load strictly in both directions. Both interpolate position embeddings in float32."""
+    timm = pytest.importorskip("timm", reason="timm is the oracle of this test")
+    torch.manual_seed(0)
+    oracle = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2,
+                               dynamic_img_size=True).double().eval()
+    vit = pmsn.VisionTransformer(embed_dim=192, depth=2, num_heads=3).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    for source, destination in ((oracle, vit), (vit, oracle)):
+        destination.load_state_dict(add_noise(source).state_dict())
+        close(vit(images), oracle(images), 1e-5)
+
+def test_features_equal_recorded_values():
+    vit = small_vit()
+    for j, (name, p) in enumerate(sorted(vit.named_parameters())):
+        is_scale = "norm" in name and name.endswith("weight")
+        p.data = (0.15 * wave(p.numel(), 1, j + 1) + is_scale).view(p.shape)
+    for size in (32, 48):
+        images = wave(2, 3 * size**2, 3).view(2, 3, size, size)
+        close(vit(images), RECORDED["vit"][str(size)], 1e-6)
+
+def test_msn_checkpoint_loads_as_the_docstring_says():
+    """The keys of a checkpoint have the prefix "module.", and the head is in the same dict."""
+    trained, vit = small_vit(seed=1), small_vit(seed=2)
+    target_encoder = {f"module.{key}": value for key, value in trained.state_dict().items()}
+    target_encoder["module.fc.fc1.weight"] = torch.ones(4, 12)
+    checkpoint = {"target_encoder": target_encoder, "epoch": 1}
+    saved = checkpoint["target_encoder"]
+    kept = {key: value for key, value in saved.items() if not key.startswith("module.fc.")}
+    encoder = {key.removeprefix("module."): value for key, value in kept.items()}
+    vit.load_state_dict(encoder)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.equal(vit(images), trained(images))
+    del encoder["norm.weight"]
+    for wrong in (checkpoint, target_encoder, encoder):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            vit.load_state_dict(wrong)
+
+def test_dropped_patches_never_existed():
+    """For each image we cut out the kept patches and run the blocks on them and CLS alone."""
+    vit, images = small_vit(), torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    torch.manual_seed(0)
+    features = vit(images, patch_drop=0.5)
+    torch.manual_seed(0)
+    _, indices = pmsn.drop_patches(torch.zeros(5, 16, 1), 0.5)
+    weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias
+    for image, kept, feature in zip(images, indices.tolist(), features):
+        sequence = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
+        for i in sorted(kept):
+            row, column = 8 * (i // 4), 8 * (i % 4)
+            patch = image[:, row : row + 8, column : column + 8].flatten()
+            sequence.append(weight @ patch + bias + vit.pos_embed[0, 1 + i])
+        expected = vit.norm(vit.blocks(torch.stack(sequence)[None]))[0, 0]
+        close(feature, expected, 1e-10)
+
+def test_number_of_kept_patches():
+    """The share (1 - drop), rounded down, but at least 1. As floats, (1 - .9) * 20 < 2."""
+    for percent in (0, 10, 15, 30, 50, 70, 90, 95):
+        for count in (1, 9, 10, 16, 20, 36, 196):
+            tokens = torch.randn(2, count, 2)
+            kept, indices = pmsn.drop_patches(tokens, percent / 100)
+            assert kept.shape[1] == max(1, (100 - percent) * count // 100)
+            for x, remaining, index in zip(tokens, kept, indices):
+                assert len(index.unique()) == len(index) and torch.equal(remaining, x[index])
+
+def test_masks_are_uniform_and_independent():
+    """4000 images keep 9 of 12 patches. How often are patches and pairs kept? (5 sigma)"""
+    torch.manual_seed(0)
+    _, indices = pmsn.drop_patches(torch.zeros(4000, 12, 1), 0.25)
+    kept = torch.zeros(4000, 12).scatter_(1, indices, 1.0)
+    close(kept.sum(dim=0), [3000] * 12, 5 * math.sqrt(4000 * 0.75 * 0.25))
+    pairs, p = kept.T @ kept, 9 / 12 * 8 / 11
+    pairs = pairs[~torch.eye(12, dtype=torch.bool)]
+    close(pairs, [4000 * p] * 132, 5 * math.sqrt(4000 * p * (1 - p)))
+
+@pytest.mark.parametrize("shape", [(30, 32), (32, 20), (4, 4)])
+def test_image_sides_that_are_no_multiple_of_the_patch_size_are_refused(shape):
+    with pytest.raises(ValueError, match="image sides"):
+        small_vit()(torch.zeros(1, 3, *shape, dtype=torch.float64))
+
+# ---- PMSN ----------------------------------------------------------------------------------------
+class SmallEncoder(nn.Sequential):
+    """A linear encoder with BatchNorm, for images (B, 3, 4, 4). Patch drop scales the features."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6), nn.GELU())
+        self.embed_dim = 6
+
+    def forward(self, images, **options):
+        assert options in ({}, {"patch_drop": 0.3})  # Without dropping, it is not passed.
+        return super().forward(images) * (1 - options.get("patch_drop", 0))
+
+def small_pmsn(patch_drop=0.0, **options):
+    torch.manual_seed(0)
+    return pmsn.PMSN(SmallEncoder(), pmsn.power_law_prior(4, 1.0), output_dim=5,
+                     head=add_noise(pmsn.projection_head(6, 7, 5)), patch_drop=patch_drop,
+                     **options).double()
+
+def random_views(seed=0):
+    """A target view, a masked anchor view, and two more anchor views, of 6 images."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 3, 4, 4, generator=generator, dtype=torch.float64) for n in (6, 6, 12)]
+
+def test_defaults_and_initialization_are_the_ones_of_msn():
+    """Linear layers: std .02. Patch embedding: std sqrt(2 / fan_in). All biases: 0."""
+    torch.manual_seed(0)
+    prior = pmsn.power_law_prior(1024, 0.25)
+    model = pmsn.PMSN(pmsn.VisionTransformer(), prior)
+    assert sum(p.numel() for p in model.encoder.parameters()) == 21_665_664  # ViT-S/16 of timm
+    assert [type(m) for m in model.head] == 2 * [nn.Linear, nn.BatchNorm1d, nn.GELU] + [nn.Linear]
+    assert [model.head[i].out_features for i in (0, 3, 6)] == [2048, 2048, 256]
+    layers = [*model.encoder.modules(), *model.head]
+    stds = {layer: 0.02 for layer in layers if isinstance(layer, nn.Linear)}
+    stds[model.encoder.patch_embed.proj] = math.sqrt(2 / (3 * 16 * 16))
+    for layer, std in stds.items():
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert layer.weight.mean().abs() < 0.02 * std and layer.bias.abs().max() == 0
+    # Prototypes are uniform within +-1 / sqrt(d), so their std is 1 / sqrt(3 d).
+    assert model.prototypes.shape == (1024, 256) and model.prototypes.abs().max() <= 1 / 16
+    assert model.prototypes.std().item() == pytest.approx(1 / math.sqrt(3 * 256), rel=0.02)
+    assert model.patch_drop == 0.15 and torch.equal(model.state_dict()["prior"], prior)
+
+def test_gradients_reach_anchor_network_and_prototypes_only():
+    """The target network is a copy with its own memory. Masked anchors alone are enough."""
+    model = small_pmsn()
+    model(random_views()[:2])[0].backward()
+    parameters = dict(model.named_parameters())
+    num_targets = sum(name.startswith("target") for name in parameters)
+    assert len(parameters) == 2 * num_targets + 1  # and the prototypes
+    for name, parameter in parameters.items():
+        if name.startswith("target"):
+            anchor = parameters[name.removeprefix("target_")]
+            assert torch.equal(parameter, anchor) and parameter.data_ptr() != anchor.data_ptr()
+            assert not parameter.requires_grad and parameter.grad is None, name
+        else:
+            # A bias before BatchNorm has the gradient 0 up to rounding.
+            before_norm = name in ("encoder.1.bias", "head.0.bias", "head.3.bias")
+            assert before_norm or parameter.grad.abs().max() > 1e-6, name
+
+def test_target_is_the_exact_moving_average_of_the_parameters():
+    """target <- m * target + (1 - m) * anchor in NumPy. The statistics of BatchNorm stay out."""
+    model = small_pmsn()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    expected = {k: v.numpy().copy() for k, v in model.named_parameters() if k.startswith("target")}
+    for step, ema_momentum in enumerate([0.9, 0.5, 0.99, 0.0, 0.7]):
+        optimizer.zero_grad()
+        model(random_views(seed=step))[0].backward()
+        optimizer.step()
+        buffers = {k: v.clone() for k, v in model.named_buffers()}
+        model.update_target(ema_momentum)
+        parameters = {k: v.detach().numpy() for k, v in model.named_parameters()}
+        for name, old in expected.items():
+            anchor = parameters[name.removeprefix("target_")]
+            expected[name] = ema_momentum * old + (1 - ema_momentum) * anchor
+            close(parameters[name], expected[name], 1e-12)
+        assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
+
+def test_forward_is_the_loss_of_its_networks():
+    """Only masked anchors lose patches. Each entry of the views is one batch of BatchNorm."""
+    options = {"temperature": 0.2, "prior_weight": 2.0, "sharpening": 0.5}
+    model = small_pmsn(patch_drop=0.3, **options)
+    add_noise(model.target_encoder)  # Now it matters which network sees the target view.
+    parts = copy.deepcopy(model)
+    target, masked, others = random_views()
+    features = [parts.encoder(masked, patch_drop=0.3), parts.encoder(others)]
+    anchors = torch.cat([parts.head(x) for x in features])
+    targets = parts.target_head(parts.target_encoder(target))
+    expected, _ = pmsn.pmsn_loss(anchors, targets, parts.prototypes, parts.prior, **options)
+    close(model([target, masked, others])[0], expected, 1e-12)
+    # BatchNorm of the target has seen the target view once, with momentum .1.
+    features = model.target_encoder[1](target.flatten(1))
+    close(model.target_encoder[2].running_mean, 0.1 * features.mean(dim=0), 1e-9)
+    model.loss_options["prior_weight"] = 0.0  # A schedule may change the options.
+    loss, terms = model([target, masked, others])
+    close(loss, terms["cross_entropy"], 0)
+
+# ---- Views ---------------------------------------------------------------------------------------
+def random_images(batch, size):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+NO_COLORS = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0}
+
+def augment(images, **options):
+    """Colors without normalization, and without any change that is not asked for."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    return pmsn.augment_colors(images, **{**NO_COLORS, **options}) * std + mean
+
+@pytest.mark.parametrize("options, sizes, scales", [
+    ({}, [(1, 224), (1, 224), (10, 96)], [(0.3, 1.0), (0.3, 1.0), (0.05, 0.3)]),
+    ({"rand_views": 2, "focal_views": 3, "rand_size": 32, "focal_size": 16,
+      "rand_scale": (0.4, 0.6), "focal_scale": (0.1, 0.2)},
+     [(1, 32), (2, 32), (3, 16)], [(0.4, 0.6), (0.4, 0.6), (0.1, 0.2)]),
+    ({"focal_views": 0, "rand_size": 16}, [(1, 16), (1, 16)], [(0.3, 1.0), (0.3, 1.0)])])
+def test_crops_are_the_ones_of_torchvision(options, sizes, scales):
+    """The same seed gives the same boxes and flips. The defaults are from MSN."""
+    image = (255 * random_images(1, 100)[0]).to(torch.uint8)[:, :70]
+    torch.manual_seed(0)
+    crops = pmsn.multi_crop(image, **options)
+    assert [x.shape for x in crops] == [(n, 3, size, size) for n, size in sizes]
+    torch.manual_seed(0)
+    for views, (_, size), scale in zip(crops, sizes, scales):
+        for view in views:
+            expected = v2.RandomResizedCrop(size, scale, antialias=True)(image)
+            expected = expected.flip(-1) if torch.rand(1) < 0.5 else expected
+            assert view.dtype == torch.uint8 and torch.equal(view, expected)
+
+def test_views_are_in_view_major_order():
+    """Entry i shows view i // B of image i modulo B. Each crop has a gray level of its own."""
+    levels = torch.arange(19 * 7, dtype=torch.uint8).view(19, 7)  # image, view
+    images = levels[:, :, None, None, None].expand(-1, -1, 3, 20, 20)
+    crops = torch.utils.data.default_collate([[x[:1], x[1:3], x[3:]] for x in images])
+    views = pmsn.make_views(crops, **NO_COLORS)
+    for view, level in zip(views, levels.split([1, 2, 4], dim=1), strict=True):
+        expected = level.T.flatten()[:, None, None, None].expand(-1, 3, 20, 20)
+        close(view, pmsn.augment_colors(expected, **NO_COLORS), 1e-6)
+
+def test_without_augmentation_a_view_is_the_normalized_image():
+    """Bytes and floats in [0, 1] give the same views, and the input is not changed."""
+    images = (255 * random_images(4, 20)).to(torch.uint8)
+    floats = images / 255
+    close(augment(images), floats, 1e-6)
+    views = []
+    for x in (images, floats):
+        torch.manual_seed(0)
+        views.append(pmsn.augment_colors(x))
+    close(*views, 1e-5)
+    assert torch.equal(floats, images / 255)
+    for wrong in (images.float(), floats - 0.5, floats + 0.5):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            pmsn.augment_colors(wrong)
+
+@pytest.mark.parametrize("source", ["synthetic", "photos"])
+def test_jitter_changes_colors_as_much_as_torchvisions(source):
+    """The mean absolute change of ColorJitter(.4, .4, .4, .1), within 5 %."""
+    torch.manual_seed(0)
+    paths = sorted((Path(__file__).parents[2] / "shared/data/photos").glob("*.JPEG"))[:100:10]
+    if source == "synthetic":
+        images = 0.2 + 0.6 * F.interpolate(torch.rand(10, 3, 4, 4), size=24, mode="bilinear")
+    elif not paths:
+        pytest.skip("there are no photos in ../shared/data/photos")
+    else:
+        photos = [Image.open(path).convert("RGB").resize((24, 24)) for path in paths]
+        images = torch.stack([TF.to_image(photo) for photo in photos]) / 255
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    expected = [(jitter(x) - x).abs().mean() for x in images.repeat(200, 1, 1, 1)]
+    images = images.repeat(1000, 1, 1, 1)
+    change = (augment(images, jitter_p=1.0) - images).abs().mean()
+    assert change.item() == pytest.approx(np.mean(expected), rel=0.05)
+
+def draw(monkeypatch, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0):
+    """Replace the uniform draws: each is at this place between the ends -1 and 1 of its range."""
+    place = torch.tensor([brightness, contrast, saturation, hue]).view(4, 1, 1, 1)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, low, high: x.copy_(
+        (low + high) / 2 + place * (high - low) / 2))
+
+@pytest.mark.parametrize("place", [-1.0, 0.6, 1.0])
+@pytest.mark.parametrize("steps", [["brightness"], ["contrast"], ["saturation"],
+                                   ["saturation", "contrast", "brightness"]])
+def test_color_jitter_equals_torchvisions_steps(monkeypatch, steps, place):
+    """The factors are 1 + .4 * place. No color leaves [0, 1], so nothing is clamped."""
+    images = expected = 0.35 + 0.2 * random_images(3, 12)
+    draw(monkeypatch, **{step: place for step in steps})
+    for step in steps:
+        expected = getattr(TF, f"adjust_{step}")(expected, 1 + 0.4 * place)
+    close(augment(images, jitter_p=1.0), expected, 2e-4)
+
+@pytest.mark.parametrize("degrees", [-36, 20, 120])
+def test_hue_is_a_rotation(monkeypatch, degrees):
+    """It keeps r + g + b and the length. The largest angle of ColorJitter(hue=.1) is 36 degrees."""
+    images = 0.4 + 0.2 * random_images(3, 12)
+    draw(monkeypatch, hue=degrees / 36)
+    turned = augment(images, jitter_p=1.0)
+    close(turned.sum(dim=1), images.sum(dim=1), 1e-5)
+    close(turned.norm(dim=1), images.norm(dim=1), 1e-5)
+    gray = images.mean(dim=1, keepdim=True)
+    cosines = torch.cosine_similarity(turned - gray, images - gray)
+    close(cosines, torch.full_like(cosines, math.cos(math.radians(degrees))), 1e-4)
+    if degrees == 120:  # A third of a turn permutes the channels.
+        permuted = [images[:, order] for order in ([1, 2, 0], [2, 0, 1])]
+        assert min((turned - x).abs().max() for x in permuted) < 1e-5
+
+def test_shares_of_jittered_and_gray_images():
+    """Of 1000 images .7 change their colors and .2 become gray, within 5 standard deviations."""
+    torch.manual_seed(0)
+    images = random_images(1000, 10)
+    changed = (augment(images, jitter_p=0.7) - images).abs().amax(dim=(1, 2, 3)) > 1e-4
+    close(changed.float().mean(), 0.7, 5 * math.sqrt(0.7 * 0.3 / 1000))
+    views = augment(images, gray_p=0.2)
+    is_gray = (views.amax(dim=1) - views.amin(dim=1)).amax(dim=(1, 2)) < 1e-6
+    close(is_gray.float().mean(), 0.2, 5 * math.sqrt(0.2 * 0.8 / 1000))
+    gray = TF.rgb_to_grayscale(images, num_output_channels=3)
+    close(views, torch.where(is_gray[:, None, None, None], gray, images), 1e-6)
+    # Whatever is drawn, a gray image stays gray, and colors stay in [0, 1].
+    views = augment(gray, jitter_p=1.0, gray_p=0.5, blur_p=0.5)
+    assert (views.amax(dim=1) - views.amin(dim=1)).max() < 1e-5
+    assert views.min() > -1e-6 and views.max() < 1 + 1e-6
+
+def test_gaussian_blur_equals_torchvision():
+    """Each image has its own sigma. A kernel of 23 pixels holds all of a sigma of 2."""
+    images, sigmas = random_images(5, 24), [0.1, 0.3, 0.8, 1.3, 2.0]
+    blurred = pmsn.gaussian_blur(images, torch.tensor(sigmas))
+    for image, sigma, result in zip(images, sigmas, blurred):
+        close(result, TF.gaussian_blur(image, [23, 23], [sigma, sigma]), 1e-3)
+
+def test_share_and_width_of_the_blur(monkeypatch):
+    """Of 1000 images .6 are blurred, with sigma uniform in .1..2. Here the "blur" adds sigma."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(pmsn, "gaussian_blur", lambda images, s: images + s[:, None, None, None])
+    images = random_images(1000, 4)
+    added = augment(images, blur_p=0.6) - images
+    sigma = added[:, 0, 0, 0]
+    close(added, sigma[:, None, None, None].expand_as(added), 1e-5)
+    sigma = sigma[sigma > 1e-4].sort().values
+    close(len(sigma) / 1000, 0.6, 5 * math.sqrt(0.6 * 0.4 / 1000))
+    close(sigma, torch.linspace(0.1, 2, len(sigma)), 5 * 1.9 * 0.5 / math.sqrt(len(sigma)))
+
+# ---- Samplers ------------------------------------------------------------------------------------
+def labels_of(counts):
+    """Labels with this number of images per class, in random order."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+
+@pytest.mark.parametrize("counts, prior, expected", [
+    ([40] * 5, [0.5, 0.25, 0.125, 0.0625, 0.0625], [40, 20, 10, 5, 5]),  # class 0 allows 80 images
+    ([10] * 3, [0.25, 0.25, 0.5], [5, 5, 10]),  # The prior is in the order of the classes.
+    ([40, 40, 4], [0.5, 0.3, 0.2], [10, 6, 4]),  # class 2 allows 20 images
+    ([40] * 3, [0.8, 0.1925, 0.0075], [40, 10, 1]),  # 9.6 and .4 are rounded, but not to 0
+    ([70, 20, 10], [0.7, 0.2, 0.1], [70, 20, 10])])  # its own histogram: everything
+def test_long_tail_by_hand(counts, prior, expected):
+    labels, prior = labels_of(counts), torch.tensor(prior)
+    chosen, again, other = (pmsn.long_tail_indices(labels, prior, seed) for seed in (1, 1, 2))
+    assert torch.bincount(labels[chosen]).tolist() == expected
+    assert len(chosen.unique()) == len(chosen) and torch.equal(chosen, again)
+    assert set(chosen.tolist()) != set(other.tolist()) or expected == counts
+
+def test_long_tail_refuses_a_class_without_images():
+    with pytest.raises(ValueError, match="each of 3 classes"):
+        pmsn.long_tail_indices(torch.tensor([0, 1, 0]), torch.tensor([0.5, 0.3, 0.2]))
+
+def epoch_of(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+@pytest.mark.parametrize("counts, batch_size, k", [
+    ([50] * 12, 24, 3), ([50] * 12, 36, 12), ([50] * 12, 7, 1), ([53, 41, 37, 29, 22], 8, 2),
+    ([300, 120, 80, 50, 30, 20], 10, 1), ([300, 120, 80, 50, 30, 20], 20, 2),  # .5 are of class 0
+    ([40, 30, 13], 4, 2)])  # Class 0 must be in every batch, and one part is left over.
+def test_batches_have_exactly_k_classes(counts, batch_size, k):
+    """They have equal parts of each class, an epoch has no image twice, and over the epochs class
+    frequencies are the ones of the labels. Processes share each batch of one process."""
+    labels, drawn, world_size = labels_of(counts), [], 7 if batch_size == 7 else 2
+    whole = pmsn.ClassBatchSampler(labels, batch_size, k)
+    ranks = [pmsn.ClassBatchSampler(labels, batch_size, k, rank=rank, world_size=world_size)
+             for rank in range(world_size)]
+    for epoch in range(10):
+        batches = epoch_of(whole, epoch)
+        images = list(itertools.chain(*batches))
+        assert len(batches) == len(whole) and len(set(images)) == len(images)
+        # What is left over is less than a part of each class and a batch.
+        assert len(labels) - len(images) < batch_size // k * len(counts) + batch_size
+        drawn += images
+        shares = zip(*(epoch_of(rank, epoch) for rank in ranks), strict=True)
+        for batch, share in zip(batches, shares, strict=True):
+            parts = labels[batch].unique(return_counts=True)[1]
+            assert parts.tolist() == [batch_size // k] * k
+            assert {len(part) for part in share} == {batch_size // world_size}
+            assert sorted(itertools.chain(*share)) == sorted(batch)
+    close(torch.bincount(labels[drawn]) / len(drawn), torch.tensor(counts) / len(labels), 0.02)
+
+def test_epochs_are_random_and_follow_from_the_seed():
+    """In 10 epochs, all 66 pairs of classes meet. Images of class 0 meet others every time."""
+    labels, pairs, together = labels_of([50] * 12), set(), set()
+    sampler = pmsn.ClassBatchSampler(labels, 24, 3, seed=1)
+    epochs = [epoch_of(sampler, epoch) for epoch in range(10)]
+    for batch in itertools.chain(*epochs):
+        pairs |= set(itertools.combinations(labels[batch].unique().tolist(), 2))
+        together.add(frozenset(i for i in batch if labels[i] == 0))
+    assert len(pairs) == 66 and len(together - {frozenset()}) == 10 * 6
+    assert epochs[3] == epoch_of(pmsn.ClassBatchSampler(labels, 24, 3, seed=1), 3)
+    assert epochs[3] != epoch_of(pmsn.ClassBatchSampler(labels, 24, 3, seed=2), 3)
+
+@pytest.mark.parametrize("counts, batch_size, k, world_size", [
+    ([50] * 12, 25, 3, 1), ([50] * 12, 24, 3, 5),  # no multiple of k, or of the processes
+    ([50] * 12, 26, 13, 1),  # more classes than there are
+    ([20, 20, 20, 3], 12, 3, 1),  # Class 3 has less than one part of 4.
+    ([60, 20, 20], 30, 3, 1)])  # Class 0 has more parts than there are batches.
+def test_sampler_refuses(counts, batch_size, k, world_size):
+    with pytest.raises(ValueError, match="classes"):
+        pmsn.ClassBatchSampler(labels_of(counts), batch_size, k, world_size=world_size)
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def overlapping_classes():
+    """Features and labels of 4 classes, one with half of the 2000 training and 1030 test images."""
+    generator = torch.Generator().manual_seed(2)
+    centers, noise = torch.randn(3034, 32, generator=generator).double().split([4, 3030])
+    labels = (torch.arange(3030) % 6).clamp_max(3)
+    features = centers[labels] + 3 * noise
+    return features[:2000], labels[:2000], features[2000:], labels[2000:]
+
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (10, 0.07), (10, 1.0), (40, 0.3)])
+def test_knn_equals_scikit_learn(k, temperature):
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is the oracle")
+    features, labels, test_features, _ = overlapping_classes()
+    oracle = neighbors.KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
+    expected = oracle.fit(features, labels).predict(test_features)
+    got = pmsn.knn_predictions(features, labels, test_features, k=k, temperature=temperature)
+    assert got.tolist() == expected.tolist()
+    cosines, index = pmsn.nearest_neighbors(test_features, features, k)
+    distances, expected = oracle.kneighbors(test_features)
+    close(cosines, 1 - distances, 1e-9)
+    assert index.tolist() == expected.tolist()
+
+def test_knn_equals_recorded_values():
+    labels = torch.arange(60) * 7 % 4
+    got = pmsn.knn_predictions(wave(60, 5, 2), labels, wave(25, 5, 3), k=9)
+    assert got.tolist() == RECORDED["knn"]
+
+def test_linear_probe_equals_scikit_learn():
+    """Logistic regression without penalty. A linear map of the features must not matter."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the oracle")
+    features, labels, test_features, test_labels = overlapping_classes()
+    oracle = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(features, labels)
+    expected = torch.from_numpy(oracle.predict(test_features))
+    assert 0.5 < (expected == test_labels).double().mean() < 0.8
+    # The probe gets features that are mixed, scaled and shifted, and a constant feature.
+    mix = (torch.eye(32) + 1).double() * torch.logspace(-2, 2, 32)
+    x, test_x = (F.pad(10 + (x @ mix).float(), (0, 1), value=1.0)
+                 for x in (features, test_features))
+    got = pmsn.linear_probe(x, labels, test_x, seed=1)
+    with torch.no_grad():  # It trains here too, and a seed repeats.
+        assert torch.equal(got, pmsn.linear_probe(x, labels, test_x, seed=1))
+    assert (got == expected).double().mean() > 0.95
+
+# ---- Other losses --------------------------------------------------------------------------------
+def test_simclr_equals_numpy_loop():
+    """Chen et al. 2020, equation 1, over all 2B views."""
+    first, second, _ = random_inputs(views=1)
+    z = np.concatenate([first, second])
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    alignment = uniformity = 0.0
+    for i in range(8):
+        alignment -= z[i] @ z[(i + 4) % 8] / 0.2 / 8
+        others = [math.exp(z[i] @ z[k] / 0.2) for k in range(8) if k != i]
+        uniformity += math.log(sum(others)) / 8
+    loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
+    close([terms["alignment"], terms["uniformity"]], [alignment, uniformity], 1e-9)
+    close(loss, alignment + uniformity, 1e-9)
+
+def test_vicreg_equals_numpy_loop():
+    """Bardes et al. 2022. The hinge is a mean over both views, the covariance is a sum."""
+    first, second, _ = random_inputs(views=1)
+    first = 0.3 * first  # There are standard deviations on both sides of 1.
+    invariance, variance, covariance = ((first - second) ** 2).mean().item(), 0.0, 0.0
+    for z in (first.numpy(), second.numpy()):
+        cov = np.cov(z, rowvar=False)  # divides by n - 1
+        for j in range(6):
+            variance += max(0.0, 1 - math.sqrt(cov[j, j] + 1e-4)) / 6 / 2
+            covariance += sum(cov[j, k] ** 2 for k in range(6) if k != j) / 6
+    loss, terms = pmsn.vicreg_loss(first, second)
+    close(terms["variance"], variance, 1e-9)
+    close(terms["invariance"], invariance, 1e-9)
+    close(terms["covariance"], covariance, 1e-9)
+    close(loss, 25 * invariance + 25 * variance + covariance, 1e-9)
+
+def numpy_swav(views, prototypes, frozen, temperature=0.1, epsilon=0.05, iterations=3):
+    """Caron et al. 2020, equations 2 and 3. Codes are sharpened by epsilon / temperature."""
+    pairs, uniform = (views, views[::-1]), np.full(len(prototypes), 1 / len(prototypes))
+    terms = [numpy_pmsn(view, other, prototypes, uniform, temperature, epsilon / temperature,
+                        sinkhorn_iterations=iterations, frozen=frozen) for view, other in pairs]
+    return (terms[0][1] + terms[1][1]) / 2  # cross-entropies
+
+@pytest.mark.parametrize("options", [(), (0.2, 0.5, 2)])
+def test_swav_equals_numpy_loop(options):
+    """Each view predicts the code of the other one. Codes carry no gradient."""
+    *views, prototypes = random_inputs(views=1)
+    leaf = prototypes.clone().requires_grad_()
+    loss, terms = pmsn.swav_loss(*views, leaf, *options)
+    loss.backward()
+    close(loss, numpy_swav(views, prototypes, prototypes, *options), 1e-6)
+    close(loss, terms["cross_entropy"], 0)
+    close(leaf.grad, finite_differences(
+        lambda x: numpy_swav(views, x, prototypes, *options), prototypes), 1e-5)
+
+@pytest.mark.parametrize("name", ["simclr", "vicreg", "swav"])
+def test_other_losses_equal_recorded_values(name):
+    """Under autocast, bfloat16 embeddings get the float32 loss of the same rounded embeddings."""
+    inputs = [wave(6, 4, 1), wave(6, 4, 2)] + [wave(5, 4, 3)] * (name == "swav")
+    loss = getattr(pmsn, f"{name}_loss")
+    close(loss(*inputs)[0], RECORDED["others"][name][0], 1e-6)
+    rounded = [x.bfloat16() for x in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = loss(*rounded)
+    assert torch.equal(got, loss(*(x.float() for x in rounded))[0])
