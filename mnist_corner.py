@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageFont, ImageOps
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
 import pmsn
@@ -80,7 +80,7 @@ def load_backgrounds(name, root, scenes):
         data = getattr(torchvision.datasets, name)(root, transform=gray, download=True)
     else:
         data = torchvision.datasets.ImageFolder(name, gray, is_valid_file=lambda path: (
-            Path(path).name[0] != "." and path.lower().endswith(IMG_EXTENSIONS)))
+            Path(path).name[0] != "." and is_image_file(path)))
     labels = torch.tensor(data.targets)
     place = F.one_hot(labels).cumsum(dim=0)[torch.arange(len(labels)), labels] - 1  # in its class
     # Every fifth image of a class is held out for the test.

@@ -489,7 +489,7 @@ def vicreg_loss(first, second):
 
 def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn_iterations=3):
     """SwAV (Caron et al., 2020). Its codes use all prototypes equally. This spreads the batch."""
-    log_uniform = power_law_prior(len(prototypes), 0.0).log().to(first.device)
+    log_uniform = -math.log(len(prototypes))  # the same for all prototypes
     loss = 0.0
     for view, other in ((first, second), (second, first)):  # each view predicts the other's code
         with torch.no_grad():
