@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -108,9 +107,8 @@ def test_what_gives_no_prior_is_refused():
     for counts in ([], [3, 0, 1], [3, -1], [3, math.nan], [3, math.inf], [[1, 2]]):
         with pytest.raises(ValueError):
             pmsn.class_prior(counts)
-    for length in (1, 4, 6):  # There are 5 prototypes.
-        with pytest.raises((ValueError, RuntimeError), match="size|prior"):
-            pmsn.pmsn_loss(*random_inputs(), torch.full((length,), 1 / length))
+    with pytest.raises(RuntimeError, match="size 1"):  # There are 5 prototypes.
+        pmsn.pmsn_loss(*random_inputs(), torch.ones(1))
 
 @pytest.mark.parametrize("prior", [
     [0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]),  # no tensor
@@ -158,24 +156,6 @@ def test_loss_equals_recorded_values(i):
         summary = [x.grad.sum(), x.grad.abs().sum(), (x.grad * wave(*x.shape, 7)).sum()]
         close(summary, case[name], 1e-6)
 
-def test_uniform_prior_is_msn():
-    """MSN is written out: cross-entropy + weight * (log K - H(p_bar))."""
-    inputs = random_inputs(views=2)
-    z, z_target, q = (x / x.pow(2).sum(1, keepdim=True).sqrt() for x in inputs)
-    p = torch.softmax(z @ q.T / 0.1, 1)
-    p_target = torch.softmax(z_target @ q.T / 0.1, 1) ** 4
-    p_target = (p_target / p_target.sum(1, keepdim=True)).repeat(2, 1)
-    entropy = -(p.mean(0) * p.mean(0).log()).sum()
-    msn = -(p_target * p.log()).sum(1).mean() + 1.5 * (math.log(5) - entropy)
-    loss, _ = pmsn.pmsn_loss(*inputs, pmsn.power_law_prior(5, 0.0), prior_weight=1.5)
-    close(loss, msn, 1e-6)
-
-def test_direction_of_the_divergence():
-    """p_bar = (.5, .5), pi = (.8, .2): KL(p_bar || pi) is log 1.25 = .223, KL(pi || p_bar) .193."""
-    anchors = torch.tensor([[3.0, 3.0]])
-    _, terms = pmsn.pmsn_loss(anchors, anchors, torch.eye(2), torch.tensor([0.8, 0.2]))
-    close(terms["prior_kl"], math.log(1.25), 1e-6)
-
 def test_gradient_equals_finite_differences_of_the_numpy_loop():
     """The targets of the loop keep the unmoved prototypes, so no gradient flows through them."""
     anchors, targets, prototypes = random_inputs(views=2, batch=2, dim=3, num_prototypes=3)
@@ -210,38 +190,22 @@ def test_extreme_inputs_stay_finite(options, temperature, autocast):
         losses.append(loss.item())
     assert losses[:3] == pytest.approx([losses[1]] * 3, rel=1e-4)
 
-def test_bfloat16_embeddings_get_the_float32_loss():
-    """Under autocast the loss is exactly the float32 loss of the same rounded embeddings."""
-    inputs, prior = [x.bfloat16() for x in random_inputs()], pmsn.power_law_prior(5, 1.0)
-    expected, _ = pmsn.pmsn_loss(*(x.float() for x in inputs), prior)
+@pytest.mark.parametrize("name", ["pmsn", "swav", "simclr", "vicreg"])
+def test_bfloat16_embeddings_get_the_float32_loss(name):
+    """Under autocast every loss is exactly the float32 loss of the same rounded embeddings."""
+    first, second, prototypes = (x.bfloat16() for x in random_inputs(views=1))
+    others = {"pmsn": [prototypes, pmsn.power_law_prior(5, 1.0)], "swav": [prototypes]}
+    inputs, loss = [first, second, *others.get(name, [])], getattr(pmsn, f"{name}_loss")
+    expected, _ = loss(*(x.float() for x in inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _ = pmsn.pmsn_loss(*inputs, prior)
-    assert torch.equal(loss, expected)
+        got, _ = loss(*inputs)
+    assert torch.equal(got, expected)
 
 # ---- Sharpening and Sinkhorn ---------------------------------------------------------------------
-def test_sharpen_by_hand():
-    """(.2, .3, .5) at T = 1/2 has the squares .04, .09, .25. Relative to (1/2, 1/4, 1/4) these are
-    .08, .36 and 1."""
-    log_p = torch.tensor([[0.2, 0.3, 0.5]]).log()
-    log_prior = torch.tensor([0.5, 0.25, 0.25]).log()
-    close(pmsn.sharpen(log_p, 0.5).exp(), [[4 / 38, 9 / 38, 25 / 38]], 1e-6)
-    close(pmsn.sharpen(log_p, 0.5, log_prior).exp(), [[0.08 / 1.44, 0.36 / 1.44, 1 / 1.44]], 1e-6)
-    close(pmsn.sharpen(log_p, 1.0), log_p, 1e-6)
-    for sharpening in (0.0, -1.0, 1.5):
-        with pytest.raises(ValueError, match="sharpening"):
-            pmsn.sharpen(log_p, sharpening)
-
-@pytest.mark.parametrize("iterations", [0, 1, 3])
-def test_sinkhorn_with_the_uniform_prior_is_the_published_one(iterations):
-    """The code of SwAV and MSN: columns to 1/K, rows to 1/B, and last a factor B."""
-    log_p = torch.log_softmax(random_inputs()[0] @ random_inputs()[2].T, dim=1)
-    q = log_p.exp().numpy()
-    q = q / q.sum()
-    for _ in range(iterations):
-        q = q / q.sum(axis=0, keepdims=True) / q.shape[1]
-        q = q / q.sum(axis=1, keepdims=True) / len(q)
-    got = pmsn.sinkhorn(log_p, torch.full((5,), 0.2).double().log(), iterations)
-    close(got.exp(), q * len(q), 1e-12)
+@pytest.mark.parametrize("sharpening", [0.0, -1.0, 1.5, math.nan])
+def test_sharpening_must_lie_between_0_and_1(sharpening):
+    with pytest.raises(ValueError, match="sharpening"):
+        pmsn.sharpen(torch.zeros(2, 3), sharpening)
 
 def test_constant_answer_and_its_two_remedies():
     """Every image answers pi (K = 10, exponent 1.5, T = .25), so the prior term is 0.
@@ -312,23 +276,6 @@ def test_features_equal_recorded_values():
     for size in (32, 48):
         images = wave(2, 3 * size**2, 3).view(2, 3, size, size)
         close(vit(images), RECORDED["vit"][str(size)], 1e-6)
-
-def test_msn_checkpoint_loads_as_the_docstring_says():
-    """The keys of a checkpoint have the prefix "module.", and the head is in the same dict."""
-    trained, vit = small_vit(seed=1), small_vit(seed=2)
-    target_encoder = {f"module.{key}": value for key, value in trained.state_dict().items()}
-    target_encoder["module.fc.fc1.weight"] = torch.ones(4, 12)
-    checkpoint = {"target_encoder": target_encoder, "epoch": 1}
-    saved = checkpoint["target_encoder"]
-    kept = {key: value for key, value in saved.items() if not key.startswith("module.fc.")}
-    encoder = {key.removeprefix("module."): value for key, value in kept.items()}
-    vit.load_state_dict(encoder)
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert torch.equal(vit(images), trained(images))
-    del encoder["norm.weight"]
-    for wrong in (checkpoint, target_encoder, encoder):
-        with pytest.raises(RuntimeError, match="Missing key"):
-            vit.load_state_dict(wrong)
 
 def test_dropped_patches_never_existed():
     """For each image we cut out the kept patches and run the blocks on them and CLS alone."""
@@ -432,22 +379,20 @@ def test_gradients_reach_anchor_network_and_prototypes_only():
             assert before_norm or parameter.grad.abs().max() > 1e-6, name
 
 def test_target_is_the_exact_moving_average_of_the_parameters():
-    """target <- m * target + (1 - m) * anchor in NumPy. The statistics of BatchNorm stay out."""
+    """target <- m * target + (1 - m) * anchor, and nothing else moves, not even in BatchNorm."""
     model = small_pmsn()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    expected = {k: v.numpy().copy() for k, v in model.named_parameters() if k.startswith("target")}
+    targets = {name for name, _ in model.named_parameters() if name.startswith("target")}
     for step, ema_momentum in enumerate([0.9, 0.5, 0.99, 0.0, 0.7]):
-        optimizer.zero_grad()
-        model(random_views(seed=step))[0].backward()
-        optimizer.step()
-        buffers = {k: v.clone() for k, v in model.named_buffers()}
+        model(random_views(seed=step))  # The statistics of BatchNorm move.
+        add_noise(model.encoder)
+        add_noise(model.head)
+        before = copy.deepcopy(model.state_dict())
         model.update_target(ema_momentum)
-        parameters = {k: v.detach().numpy() for k, v in model.named_parameters()}
-        for name, old in expected.items():
-            anchor = parameters[name.removeprefix("target_")]
-            expected[name] = ema_momentum * old + (1 - ema_momentum) * anchor
-            close(parameters[name], expected[name], 1e-12)
-        assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
+        for name, value in model.state_dict().items():
+            anchor, expected = before[name.removeprefix("target_")], before[name]
+            if name in targets:
+                expected = ema_momentum * expected + (1 - ema_momentum) * anchor
+            close(value, expected, 1e-12)
 
 def test_forward_is_the_loss_of_its_networks():
     """Only masked anchors lose patches. Each entry of the views is one batch of BatchNorm."""
@@ -461,9 +406,6 @@ def test_forward_is_the_loss_of_its_networks():
     targets = parts.target_head(parts.target_encoder(target))
     expected, _ = pmsn.pmsn_loss(anchors, targets, parts.prototypes, parts.prior, **options)
     close(model([target, masked, others])[0], expected, 1e-12)
-    # BatchNorm of the target has seen the target view once, with momentum .1.
-    features = model.target_encoder[1](target.flatten(1))
-    close(model.target_encoder[2].running_mean, 0.1 * features.mean(dim=0), 1e-9)
     model.loss_options["prior_weight"] = 0.0  # A schedule may change the options.
     loss, terms = model([target, masked, others])
     close(loss, terms["cross_entropy"], 0)
@@ -523,18 +465,10 @@ def test_without_augmentation_a_view_is_the_normalized_image():
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             pmsn.augment_colors(wrong)
 
-@pytest.mark.parametrize("source", ["synthetic", "photos"])
-def test_jitter_changes_colors_as_much_as_torchvisions(source):
+def test_jitter_changes_colors_as_much_as_torchvisions():
     """The mean absolute change of ColorJitter(.4, .4, .4, .1), within 5 %."""
     torch.manual_seed(0)
-    paths = sorted((Path(__file__).parents[2] / "shared/data/photos").glob("*.JPEG"))[:100:10]
-    if source == "synthetic":
-        images = 0.2 + 0.6 * F.interpolate(torch.rand(10, 3, 4, 4), size=24, mode="bilinear")
-    elif not paths:
-        pytest.skip("there are no photos in ../shared/data/photos")
-    else:
-        photos = [Image.open(path).convert("RGB").resize((24, 24)) for path in paths]
-        images = torch.stack([TF.to_image(photo) for photo in photos]) / 255
+    images = 0.2 + 0.6 * F.interpolate(torch.rand(10, 3, 4, 4), size=24, mode="bilinear")
     jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
     expected = [(jitter(x) - x).abs().mean() for x in images.repeat(200, 1, 1, 1)]
     images = images.repeat(1000, 1, 1, 1)
@@ -569,9 +503,6 @@ def test_hue_is_a_rotation(monkeypatch, degrees):
     gray = images.mean(dim=1, keepdim=True)
     cosines = torch.cosine_similarity(turned - gray, images - gray)
     close(cosines, torch.full_like(cosines, math.cos(math.radians(degrees))), 1e-4)
-    if degrees == 120:  # A third of a turn permutes the channels.
-        permuted = [images[:, order] for order in ([1, 2, 0], [2, 0, 1])]
-        assert min((turned - x).abs().max() for x in permuted) < 1e-5
 
 def test_shares_of_jittered_and_gray_images():
     """Of 1000 images .7 change their colors and .2 become gray, within 5 standard deviations."""
@@ -691,24 +622,22 @@ def overlapping_classes():
     features = centers[labels] + 3 * noise
     return features[:2000], labels[:2000], features[2000:], labels[2000:]
 
-@pytest.mark.parametrize("k, temperature", [(1, 0.07), (10, 0.07), (10, 1.0), (40, 0.3)])
-def test_knn_equals_scikit_learn(k, temperature):
+@pytest.mark.parametrize("options", [
+    {}, {"k": 1}, {"k": 10, "temperature": 1.0}, {"k": 40, "temperature": 0.3}])
+def test_knn_equals_scikit_learn(options):
+    """The defaults are k = 20 and the temperature .07."""
     neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is the oracle")
     features, labels, test_features, _ = overlapping_classes()
+    k, temperature = options.get("k", 20), options.get("temperature", 0.07)
     oracle = neighbors.KNeighborsClassifier(
         k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
     expected = oracle.fit(features, labels).predict(test_features)
-    got = pmsn.knn_predictions(features, labels, test_features, k=k, temperature=temperature)
+    got = pmsn.knn_predictions(features, labels, test_features, **options)
     assert got.tolist() == expected.tolist()
     cosines, index = pmsn.nearest_neighbors(test_features, features, k)
     distances, expected = oracle.kneighbors(test_features)
     close(cosines, 1 - distances, 1e-9)
     assert index.tolist() == expected.tolist()
-
-def test_knn_equals_recorded_values():
-    labels = torch.arange(60) * 7 % 4
-    got = pmsn.knn_predictions(wave(60, 5, 2), labels, wave(25, 5, 3), k=9)
-    assert got.tolist() == RECORDED["knn"]
 
 def test_linear_probe_equals_scikit_learn():
     """Logistic regression without penalty. A linear map of the features must not matter."""
@@ -727,30 +656,28 @@ def test_linear_probe_equals_scikit_learn():
     assert (got == expected).double().mean() > 0.95
 
 # ---- Other losses --------------------------------------------------------------------------------
-def test_simclr_equals_numpy_loop():
-    """Chen et al. 2020, equation 1, over all 2B views."""
+def test_simclr_is_the_cross_entropy_of_finding_the_other_view():
+    """Chen et al. 2020, equation 1, over all 2B views. A view cannot choose itself."""
     first, second, _ = random_inputs(views=1)
-    z = np.concatenate([first, second])
-    z = z / np.linalg.norm(z, axis=1, keepdims=True)
-    alignment = uniformity = 0.0
-    for i in range(8):
-        alignment -= z[i] @ z[(i + 4) % 8] / 0.2 / 8
-        others = [math.exp(z[i] @ z[k] / 0.2) for k in range(8) if k != i]
-        uniformity += math.log(sum(others)) / 8
-    loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
-    close([terms["alignment"], terms["uniformity"]], [alignment, uniformity], 1e-9)
-    close(loss, alignment + uniformity, 1e-9)
+    z = torch.cat([first, second])
+    z = z / z.square().sum(dim=1, keepdim=True).sqrt()
+    other = (torch.arange(8) + 4) % 8
+    for options, temperature in (({}, 0.1), ({"temperature": 0.2}, 0.2)):
+        scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+        loss, terms = pmsn.simclr_loss(first, second, **options)
+        close(loss, F.cross_entropy(scores, other), 1e-9)
+        close(terms["alignment"], -scores[range(8), other].mean(), 1e-9)
+        close(terms["alignment"] + terms["uniformity"], loss, 1e-9)
 
-def test_vicreg_equals_numpy_loop():
+def test_vicreg_equals_numpy():
     """Bardes et al. 2022. The hinge is a mean over both views, the covariance is a sum."""
     first, second, _ = random_inputs(views=1)
     first = 0.3 * first  # There are standard deviations on both sides of 1.
     invariance, variance, covariance = ((first - second) ** 2).mean().item(), 0.0, 0.0
     for z in (first.numpy(), second.numpy()):
         cov = np.cov(z, rowvar=False)  # divides by n - 1
-        for j in range(6):
-            variance += max(0.0, 1 - math.sqrt(cov[j, j] + 1e-4)) / 6 / 2
-            covariance += sum(cov[j, k] ** 2 for k in range(6) if k != j) / 6
+        variance += np.maximum(0, 1 - np.sqrt(np.diag(cov) + 1e-4)).mean() / 2
+        covariance += (cov[~np.eye(6, dtype=bool)] ** 2).sum() / 6
     loss, terms = pmsn.vicreg_loss(first, second)
     close(terms["variance"], variance, 1e-9)
     close(terms["invariance"], invariance, 1e-9)
@@ -775,14 +702,3 @@ def test_swav_equals_numpy_loop(options):
     close(loss, terms["cross_entropy"], 0)
     close(leaf.grad, finite_differences(
         lambda x: numpy_swav(views, x, prototypes, *options), prototypes), 1e-5)
-
-@pytest.mark.parametrize("name", ["simclr", "vicreg", "swav"])
-def test_other_losses_equal_recorded_values(name):
-    """Under autocast, bfloat16 embeddings get the float32 loss of the same rounded embeddings."""
-    inputs = [wave(6, 4, 1), wave(6, 4, 2)] + [wave(5, 4, 3)] * (name == "swav")
-    loss = getattr(pmsn, f"{name}_loss")
-    close(loss(*inputs)[0], RECORDED["others"][name][0], 1e-6)
-    rounded = [x.bfloat16() for x in inputs]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, _ = loss(*rounded)
-    assert torch.equal(got, loss(*(x.float() for x in rounded))[0])

@@ -1,5 +1,6 @@
 """train_inat.py: data, recipe, restarts after any death, faults of the data and of the machine."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -90,12 +91,8 @@ def assert_same_run(one, two):
     assert [line["epoch"] for line in metrics(two)] == list(range(len(metrics(one))))
     assert metrics(one) == metrics(two)
     one, two = checkpoint(one), checkpoint(two)
-    for name, value in one["model"].items():
-        assert torch.equal(value, two["model"][name]), name
-    for number, state in one["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, two["optimizer"]["state"][number][name]), name
-    assert torch.equal(one["usage"], two["usage"])
+    for part in ("model", "optimizer", "usage"):
+        torch.testing.assert_close(one[part], two[part], atol=0, rtol=0)
 
 def wait_for(condition, seconds=60):
     end = time.time() + seconds
@@ -177,20 +174,36 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert expected.items() <= vars(args).items() and len(vars(args)) <= 25
 
 # ---- Stopping and going on -----------------------------------------------------------------------
-def test_a_run_leaves_its_files(undisturbed):
-    names = {path.name for path in undisturbed.iterdir()}
-    assert names == {"checkpoint.pt", "encoder.pt", "metrics.jsonl", "training.png",
-                     "prototypes.png", "lock"}
+def test_the_log_of_a_run(undisturbed):
     lines = metrics(undisturbed)
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
     assert "knn_all" in lines[0] and "linear_all" in lines[3] and "knn_all" not in lines[1]
     assert lines[3]["loss"] == pytest.approx(lines[3]["cross_entropy"] + lines[3]["prior_kl"])
     assert checkpoint(undisturbed)["usage"].sum().item() == pytest.approx(1)
 
+def break_save_of_epoch_2(how):
+    """The checkpoint meets a full disk, or a kill when half of it is written."""
+    def save(content, path, plain=torch.save):
+        of_epoch_2 = len(content.get("history", [])) == 3
+        if of_epoch_2 and how == "full disk":
+            raise OSError(28, "No space left on device")
+        plain(content, path)
+        if of_epoch_2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save
+
 def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_path):
-    """Three kills at random moments, with a worker. The last start runs to the end."""
+    """A kill during a save, a full disk, two kills at random moments. The last start runs to the
+    end. Epoch 1 has checkpointed activations: they change no bit, and the flag may change."""
     out, random = tmp_path / "out", np.random.default_rng()
-    for _ in range(3):
+    run(out, "--data", data, "--checkpoint_activations", status=-signal.SIGKILL,
+        before=lambda: break_save_of_epoch_2("kill"))
+    assert len(checkpoint(out)["history"]) == 2
+    text = run(out, "--data", data, status=2, before=lambda: break_save_of_epoch_2("full disk"))
+    assert "is the disk full?" in text.splitlines()[-1] and "Traceback" not in text
+    assert len(checkpoint(out)["history"]) == 2 and not (out / "temporary").exists()
+    for _ in range(2):
         process = start(out, "--data", data)
         time.sleep(random.uniform(0.2, 2.0))
         process.kill()
@@ -198,37 +211,21 @@ def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_pat
     run(out, "--data", data)
     assert_same_run(undisturbed, out)
 
-def test_killed_during_a_save_ends_with_the_same_bits(data, undisturbed, tmp_path):
-    def half_a_file(save=torch.save):
-        def save_and_die(content, path):
-            save(content, path)
-            if len(content.get("history", [])) == 3:
-                os.truncate(path, os.path.getsize(path) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-        torch.save = save_and_die
-
-    out = tmp_path / "out"
-    run(out, "--data", data, before=half_a_file, status=-signal.SIGKILL)
-    assert len(checkpoint(out)["history"]) == 2
-    run(out, "--data", data)
-    assert_same_run(undisturbed, out)
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_killed_end_with_the_same_bits(world_size, data, tmp_path):
     """DDP changes the order of its sums after a first step. With 3 processes it would show."""
-    options = ["--data", data / "train", "--batch_size", 12, "--classes_per_batch", 2,
-               "--seed", 2**32 - 1]
-    for name in ("one", "two"):
-        processes = start_together(tmp_path / name, world_size, *options)
-        if name == "two":
-            wait_for((tmp_path / name / "checkpoint.pt").exists)
-            for process in processes:
-                process.kill()
-                process.join()
-            assert len(checkpoint(tmp_path / name)["history"]) == 2
-            processes = start_together(tmp_path / name, world_size, *options)
-        finish(tmp_path / name, *processes)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    options = [world_size, "--data", data / "train", "--batch_size", 12,
+               "--classes_per_batch", 2, "--seed", 2**32 - 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(one, *start_together(one, *options))
+    processes = start_together(two, *options)
+    wait_for((two / "checkpoint.pt").exists)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert len(checkpoint(two)["history"]) == 2
+    finish(two, *start_together(two, *options))
+    assert_same_run(one, two)
 
 def test_torchrun_restarts_a_dead_process(data, tmp_path):
     """The README's command. A process that dies once, in the second epoch, is started again."""
@@ -252,24 +249,6 @@ train_inat.main()""")
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert result.returncode == 0 and (tmp_path / "died").exists(), result.stderr[-2000:]
     assert [line["epoch"] for line in metrics(tmp_path / "out")] == [0, 1, 2]
-
-def test_a_signal_ends_the_run_and_workers_end_with_it(data, tmp_path):
-    """SIGTERM to a run with two workers, then kill -9 to another one."""
-    def children(pid):
-        return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    for number, name in enumerate((signal.SIGTERM, signal.SIGKILL)):
-        process = start(tmp_path / str(number), "--data", data / "train", "--workers", 2)
-        wait_for(lambda: len(children(process.pid)) == 2)
-        workers = children(process.pid)
-        os.kill(process.pid, name)
-        process.join(20)
-        assert process.exitcode == -name
-        wait_for(lambda: not any(os.path.exists(f"/proc/{worker}/exe") for worker in workers))
-
-def test_checkpointed_activations_change_no_bit(data, undisturbed, tmp_path):
-    run(tmp_path / "out", "--data", data, "--checkpoint_activations")
-    assert_same_run(undisturbed, tmp_path / "out")
 
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(data, undisturbed, tmp_path):
     def without_a_compiler(plain=nn.Module.compile):
@@ -308,42 +287,18 @@ def test_unreadable_images_have_no_features(tmp_path):
     replaced, index, readable = images[2]
     assert (index, readable) == (2, False) and torch.equal(replaced, images[3][0])
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_is_not_saved(where, data, tmp_path):
-    """Of the two functions, one is called in each step. Step 10 ends the second epoch."""
-    def break_a_step(calls=[]):
-        def loss(*arguments, plain=pmsn.pmsn_loss, **options):
-            calls.append(1)
-            value, terms = plain(*arguments, **options)
-            return value * (math.nan if len(calls) == 7 else 1), terms
-
+def test_a_step_that_is_not_finite_is_not_saved(data, tmp_path):
+    """The last gradient of the second epoch is not finite, when all losses of the epoch were."""
+    def break_step_10(step=itertools.count(1)):
         def clip(parameters, norm, plain=nn.utils.clip_grad_norm_):
-            calls.append(1)
-            parameters[0].grad[0] += math.nan if len(calls) == 10 else 0
+            parameters[0].grad[0] += math.nan if next(step) == 10 else 0
             return plain(parameters, norm)
+        nn.utils.clip_grad_norm_ = clip
 
-        pmsn.pmsn_loss = loss if where == "loss" else pmsn.pmsn_loss
-        nn.utils.clip_grad_norm_ = clip if where == "gradient" else nn.utils.clip_grad_norm_
-
-    text = run(tmp_path / "out", "--data", data / "train", before=break_a_step, status=2)
+    text = run(tmp_path / "out", "--data", data / "train", before=break_step_10, status=2)
     assert text.splitlines()[-1] == ("train_inat.py: error: loss or gradient is not finite in "
                                      "epoch 2: lower --lr, new --out")
-    state = checkpoint(tmp_path / "out")
-    assert len(state["history"]) == 2
-    assert all(value.isfinite().all() for value in state["model"].values())
-
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(data, tmp_path):
-    def full_disk(save=torch.save):
-        def save_or_fail(content, path):
-            if len(content.get("history", [])) == 3:
-                raise OSError(28, "No space left on device")
-            save(content, path)
-        torch.save = save_or_fail
-
-    text = run(tmp_path / "out", "--data", data, before=full_disk, status=2)
-    assert "is the disk full?" in text.splitlines()[-1] and "Traceback" not in text
     assert len(checkpoint(tmp_path / "out")["history"]) == 2
-    assert not (tmp_path / "out" / "temporary").exists()
 
 def test_other_settings_other_data_and_damage_are_refused(data, undisturbed, tmp_path):
     out = shutil.copytree(undisturbed, tmp_path / "out")
@@ -390,12 +345,10 @@ def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     (["--quick", "--out", "FOREIGN"], "is not from --quick"),
 ])
 def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
-    (tmp_path / "EMPTY").mkdir()
-    draw(tmp_path / "FOREIGN", (2,))
-    for name in ("HOLLOW/a", "HOLLOW/b", "UNKNOWN/train/a", "UNKNOWN/val/c"):
+    for name in ("HOLLOW/a", "UNKNOWN/train/a", "UNKNOWN/val/c"):
+        shutil.copytree(data / "train/class0", tmp_path / name)
+    for name in ("EMPTY", "HOLLOW/b", "FOREIGN/train"):
         (tmp_path / name).mkdir(parents=True)
-        if name != "HOLLOW/b":
-            shutil.copy(data / "train/class0/000.jpg", tmp_path / name)
     content = {"images": [{"id": 1, "file_name": "none.jpg"}],
                "annotations": [{"image_id": 1, "category_id": 2}]}
     for name, text in (("NOT_UNPACKED", json.dumps(content)), ("BROKEN_JSON", "{")):
@@ -414,8 +367,7 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
                     reason="making /dev/shm small needs root and mount namespaces")
 def test_little_shared_memory_ends_with_one_line(data, tmp_path):
     """Views of 10 images do not fit into 1 MB, so a worker dies by a bus error."""
-    options = ["--model", "vit_micro", "--prototypes", "6", "--batch_size", "10", "--epochs", "1",
-               "--eval_every", "100", "--workers", "1", "--data", str(data / "train")]
+    options = [*SMALL, "--image_size", "224", "--workers", "1", "--data", str(data / "train")]
     script = " ".join([sys.executable, "train_inat.py", *options, "--out", str(tmp_path / "out")])
     command = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs /dev/shm; {script}"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
