@@ -188,10 +188,9 @@ def widen(start):
         linear.weight = nn.Parameter(weight.flatten(1), linear.weight.requires_grad)
     return SimpleNamespace(window=(0, 0, SIZE), models=start.models[:1])
 
-def train(runs, stage, data, args, progress):
+def train(runs, stage, epochs, data, args, progress):
     """Train all runs on the same batches and views, each on its own window of the images."""
     # `data` has (images, indices into them) of the digits and of the backgrounds, without labels.
-    epochs = args.epochs if stage == "starts" else math.ceil(args.epochs / 2)
     steps_per_epoch = args.images // BATCH_SIZE
     for run in runs:
         run.optimizer = torch.optim.AdamW(run.models.parameters(), weight_decay=0.05)
@@ -231,8 +230,8 @@ def train(runs, stage, data, args, progress):
         progress.done += 1
         left = (time.time() - progress.began) * (progress.all / progress.done - 1)
         best = min(runs, key=lambda run: run.terms["loss"])
-        values = "".join(f"{value:>9.3f}" for value in best.terms.values())
-        print(f"{progress.name}{best.window!s:>13}{epoch + 1:>6}{values}{left:>6.0f}s", flush=True)
+        terms = "".join(f"{value:>9.3f}" for value in best.terms.values())
+        print(f"{progress.name}{best.window!s:>13}{epoch + 1:>6}{terms}{left:>6.0f}s", flush=True)
 
 # ---- One experiment ------------------------------------------------------------------------------
 def experiment(seed, exponent, later_runs, args):
@@ -252,16 +251,17 @@ def experiment(seed, exponent, later_runs, args):
     places = itertools.product((0, 8, 16), repeat=2)
     windows = [(*place, WINDOW) for place in places] if args.starts else [(0, 0, SIZE)]
     starts = [make_start(window, seed, exponent, args) for window in windows]
-    epochs = (args.epochs + math.ceil(args.epochs / 2)) * (1 + later_runs)
+    whole_epochs = math.ceil(args.epochs / 2)
+    all_epochs = (args.epochs + whole_epochs) * (1 + later_runs)
     name = f"{seed:>4}{exponent:>9.2f}"
-    progress = SimpleNamespace(name=name, began=time.time(), done=0, all=epochs)
-    train(starts, "starts", data, args, progress)
+    progress = SimpleNamespace(name=name, began=time.time(), done=0, all=all_epochs)
+    train(starts, "starts", args.epochs, data, args, progress)
     # Only for the report, before `widen` changes the best start. The loss chooses.
     for start in starts:
         measure(start, test)
         start.encodes = max(LABELS, key=lambda what: start.terms[f"same_{what}"])
     final = widen(min(starts, key=lambda start: start.terms["loss"]))
-    train([final], "whole", data, args, progress)
+    train([final], "whole", whole_epochs, data, args, progress)
     features = measure(final, test)
     for what in LABELS:
         losses = [start.terms["loss"] for start in starts if start.encodes == what]
