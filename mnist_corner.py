@@ -16,7 +16,7 @@ from the same weights on other windows of the images, nine in a regular grid. Fo
 start with the lowest loss goes on with whole images. The digit fills one of the windows exactly,
 for all priors alike. So the result is what the loss prefers, and not what a single start finds.
 The loss is the paper's. Not in the paper: these starts, the small encoder, and no masking.
---out gets results.json, neighbors.png (figure 3) and with --curve preference.png.
+--out gets results.json, neighbors.png (figure 3), the models, and with --curve preference.png.
 """
 
 import argparse
@@ -262,6 +262,7 @@ def experiment(seed, exponent, later_runs, args):
         start.encodes = max(LABELS, key=lambda what: start.terms[f"same_{what}"])
     final = widen(min(starts, key=lambda start: start.terms["loss"]))
     train([final], "whole", whole_epochs, data, args, progress)
+    torch.save(final.models[0].state_dict(), args.out / f"model_{exponent:g}_{seed}.pt")
     features = measure(final, test)
     for what in LABELS:
         losses = [start.terms["loss"] for start in starts if start.encodes == what]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,9 @@ BACKGROUNDS = mnist_corner.load_backgrounds("synthetic", None)
 
 def run(exponent, **settings):
     """A short run, of two steps per start and two on whole images -> what results.json gets."""
-    args = SimpleNamespace(**{**SETTINGS, **settings})
-    return mnist_corner.experiment(0, exponent, 0, args)[0]
+    with tempfile.TemporaryDirectory() as out:
+        args = SimpleNamespace(**{**SETTINGS, "out": Path(out), **settings})
+        return mnist_corner.experiment(0, exponent, 0, args)[0]
 
 def spy(monkeypatch, losses=()):
     """A list of the (weights, views) of every step. Start i gets losses[i], if there is one."""
@@ -221,6 +223,7 @@ def test_quick_run_end_to_end_has_the_bits_of_one_process(tmp_path):
     assert results["config"]["exponent"] == 1 and results["summary"]["0.0"]["n"] == 1
     here = json.loads(json.dumps(run(1.0, images=1024, epochs=2)))
     assert here == results["runs"][1]
+    assert (tmp_path / "model_1_0.pt").exists() and (tmp_path / "model_0_0.pt").exists()
     assert min(Image.open(tmp_path / "neighbors.png").size) > 300
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
