@@ -10,15 +10,6 @@ import torch
 import toy_kmeans
 
 # ---- Data, agreement, K-means --------------------------------------------------------------------
-def test_adjusted_rand_index_by_hand():
-    # The table is [[2, 1], [0, 3]], so 1 + 0 + 0 + 3 = 4 of 15 pairs are together in both. In each
-    # partition 3 + 3 and 1 + 6 pairs are together, and 6 * 7 / 15 = 2.8 are expected in both.
-    first, second = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 1, 1])
-    by_hand = (4 - 2.8) / (6.5 - 2.8)
-    assert toy_kmeans.adjusted_rand_index(first, second) == pytest.approx(by_hand)
-    assert toy_kmeans.adjusted_rand_index(first, 1 - first) == 1
-    assert toy_kmeans.adjusted_rand_index(0 * first, 0 * first) == 1
-
 def test_adjusted_rand_index_is_scikit_learns():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle here")
     torch.manual_seed(0)
@@ -28,18 +19,16 @@ def test_adjusted_rand_index_is_scikit_learns():
         for other in (second, mixed):
             oracle = metrics.adjusted_rand_score(first.numpy(), other.numpy())
             assert toy_kmeans.adjusted_rand_index(first, other) == pytest.approx(oracle, abs=1e-12)
+    assert toy_kmeans.adjusted_rand_index(0 * first, 0 * first) == 1
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_kmeans_reaches_scikit_learns_objective(k):
     cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is the oracle here")
     torch.manual_seed(k)
     points = torch.randn(60, 2, dtype=torch.float64)
-    clusters, objective = toy_kmeans.kmeans(points, k, starts=200)
+    _, objective = toy_kmeans.kmeans(points, k, starts=200)
     oracle = cluster.KMeans(k, n_init=50, random_state=0).fit(points.numpy())
-    assert objective <= oracle.inertia_ * (1 + 1e-6)
-    parts = [points[clusters == j].numpy() for j in range(k)]
-    by_hand = sum(((part - part.mean(axis=0)) ** 2).sum() for part in parts)
-    assert objective == pytest.approx(by_hand, rel=1e-9)
+    assert objective == pytest.approx(oracle.inertia_, rel=1e-6)
 
 def test_kmeans_with_equal_sizes_is_the_best_of_all_halves():
     torch.manual_seed(3)
@@ -68,12 +57,6 @@ def test_matched_prior_finds_the_groups_that_kmeans_cuts():
     assert mean["PMSN 1.5x"][10] < mean["PMSN matched"][10]
 
 # ---- The hidden prior ----------------------------------------------------------------------------
-@pytest.mark.parametrize("k", [2, 3, 7])
-def test_simplex_has_equal_angles(k):
-    corners = toy_kmeans.simplex(k)
-    gram = torch.full((k, k), -1 / (k - 1), dtype=torch.float64).fill_diagonal_(1)
-    torch.testing.assert_close(corners @ corners.T, gram)
-
 @pytest.mark.parametrize("sizes", [(32, 8), (12, 8, 4), (5, 4, 2, 1)])
 def test_four_losses_prefer_equal_sizes_and_pmsn_prefers_its_prior(sizes):
     k, n = len(sizes), sum(sizes)
@@ -104,7 +87,6 @@ def test_quick_run_writes_everything(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--seed", "-1"], "argument --seed: must be finite, from 0 to 4294967295, got -1"),
     (["--imbalance", "0.5"], "argument --imbalance: must be finite, from 1 to 100, got 0.5"),
-    (["--imbalance", "nan"], "argument --imbalance: must be finite, from 1 to 100, got nan"),
     (["--out", f"{__file__}/x"], f"cannot write to --out {__file__}/x ([Errno 20] Not a directory"),
 ])
 def test_bad_input_is_one_clear_line_and_status_2(arguments, message, capsys):

@@ -1,0 +1,377 @@
+"""What a prototype stands for, drawn by a diffusion model (figures 2 and 4 of the paper).
+
+RCDM (Bordes et al., 2022) is a diffusion model that draws images for a given representation. We
+draw many images for one prototype. What they share is what the prototype stands for, and what
+differs between them is what it leaves open. The images and the models are those of mnist_corner.py:
+with the power-law prior a prototype should stand for a digit, and with the uniform prior for a
+background.
+
+    python extras/rcdm.py               # two models, and a diffusion model for each: 15 minutes
+    python extras/rcdm.py --quick       # every step, with too little data, in one minute
+    python extras/rcdm.py --models runs/corner      # models that mnist_corner.py has trained
+
+Run `pip install -e .` first. The diffusion model sees images like the ones that PMSN has seen, with
+their projections by PMSN's target network, scaled to length 1. It sees no label. Prototypes live in
+the same space, so afterwards a prototype can take the place of a projection.
+Not in the paper: a small U-Net, flow matching, and noise on the projections (see `add_noise`).
+--out gets rcdm.png, rcdm_images.png (samples of real images), rcdm.json, and the trained models.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mnist_corner
+from mnist_corner import LABELS, number
+
+# Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
+# prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
+# have a higher loss, and Sinkhorn raises the loss of the backgrounds as well.
+CORNER_FLAGS = "--deform 0.5 --sinkhorn_iterations 3".split()
+BATCH_SIZE = 128
+DIM = 64  # of projections and prototypes
+
+# ---- RCDM: a U-Net and flow matching (Lipman et al., 2023) --------------------------------------
+class Block(nn.Module):
+    """A residual block. The condition scales and shifts the normalized features, as in RCDM."""
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, outputs, affine=False)
+        self.scale_and_shift = nn.Linear(128, 2 * outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1)
+        # At first a block is only its skip connection.
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, condition):
+        scale, shift = self.scale_and_shift(condition)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+class UNet(nn.Module):
+    """Noisy images (B, 1, 32, 32), times (B,), projections (B, 64) -> velocities (B, 1, 32, 32)."""
+    def __init__(self):
+        super().__init__()
+        self.condition = nn.Sequential(
+            nn.Linear(12 + DIM, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
+        self.first = nn.Conv2d(4, 32, 3, padding=1)
+        # The names give the number of positions per side.
+        self.down16, self.down8, self.down4 = Block(32, 32), Block(32, 64), Block(64, 128)
+        self.up4, self.up8, self.up16 = Block(128, 128), Block(128 + 64, 64), Block(64 + 32, 32)
+        self.last = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 4, 3, padding=1))
+
+    def forward(self, images, times, projections):
+        angles = math.pi * times[:, None] * 2.0 ** torch.arange(6, device=times.device)  # (B, 6)
+        # Entries of a vector of length 1 are small. The factor makes them as large as the others.
+        projections = math.sqrt(DIM) * projections
+        condition = torch.cat([angles.sin(), angles.cos(), projections], dim=1)
+        condition = self.condition(condition)  # (B, 128)
+        # Four pixels become four channels, so there are a quarter of the positions.
+        x = self.first(F.pixel_unshuffle(images, 2))  # (B, 32, 16, 16)
+        skip16 = self.down16(x, condition)  # (B, 32, 16, 16)
+        skip8 = self.down8(F.avg_pool2d(skip16, 2), condition)  # (B, 64, 8, 8)
+        x = self.down4(F.avg_pool2d(skip8, 2), condition)  # (B, 128, 4, 4)
+        x = F.interpolate(self.up4(x, condition), scale_factor=2)  # (B, 128, 8, 8)
+        x = self.up8(torch.cat([x, skip8], dim=1), condition)  # (B, 64, 8, 8)
+        x = F.interpolate(x, scale_factor=2)  # (B, 64, 16, 16)
+        x = self.up16(torch.cat([x, skip16], dim=1), condition)  # (B, 32, 16, 16)
+        return F.pixel_shuffle(self.last(x), 2)
+
+def flow_loss(model, images, projections):
+    """Flow matching: x_t = (1 - t) image + t noise, and the model predicts dx_t / dt."""
+    noise = torch.randn_like(images)
+    # Times near 0 and 1 are rarer, because they teach less (Esser et al., 2024).
+    times = torch.randn(len(images), device=images.device).sigmoid()
+    t = times[:, None, None, None]
+    velocities = model((1 - t) * images + t * noise, times, projections)
+    return F.mse_loss(velocities, noise - images)
+
+def sample(velocity, noise, steps=25):
+    """Follow dx/dt = velocity(x, t) from noise (t = 1) to images (t = 0), by the midpoint rule."""
+    x, step = noise, 1 / steps
+    for i in range(steps):
+        t = 1 - i * step
+        middle = x - velocity(x, t) * step / 2
+        x = x - velocity(middle, t - step / 2) * step
+    return x
+
+@torch.no_grad()
+def draw(unet, projections, noise):
+    """Samples (R, S, 1, 32, 32) of projections (R, 64), from noise (R or 1, S, 1, 32, 32)."""
+    rows = []
+    for projection, x in zip(projections, itertools.cycle(noise)):
+        condition = projection.expand(len(x), -1)
+        rows.append(sample(lambda x, t: unet(x, x.new_full((len(x),), t), condition), x))
+    return torch.stack(rows)
+
+# ---- PMSN and its images -------------------------------------------------------------------------
+def model_path(folder, seed, exponent):
+    return folder / f"model_{exponent:g}_{seed}.pt"
+
+def load_pmsn(path, exponent, corner):
+    """A model of mnist_corner.py, which was run with the settings `corner`."""
+    model = mnist_corner.make_model(mnist_corner.make_encoder(32), 10, exponent, corner)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval().requires_grad_(False)
+
+def project(model, images):
+    """Projections (N, 64) of images by the target network, with length 1."""
+    parts = [model.target_head(model.target_encoder(part)) for part in images.split(1000)]
+    return F.normalize(torch.cat(parts), dim=1)
+
+def add_noise(projections, length=0.5):
+    """Add normal noise of about this length to projections (N, 64), and scale them to length 1."""
+    # No image has its projection exactly at a prototype. With noise, the diffusion model learns
+    # what images have in common whose projections are near a point, whatever the point.
+    noise = length / math.sqrt(DIM) * torch.randn_like(projections)
+    return F.normalize(projections + noise, dim=1)
+
+class CornerImages:
+    """Random images of mnist_corner.py, (N, 1, 32, 32), with labels."""
+    def __init__(self, corner):
+        self.corner = corner
+        self.train_digits, self.test_digits = mnist_corner.load_digits(corner.digits, corner.root)
+        self.backgrounds = mnist_corner.load_backgrounds(corner.backgrounds, corner.root)
+        self.num_classes = max(10, len(self.backgrounds))
+
+    def batch(self, count, exponent, test=False):
+        digits, labels = self.test_digits if test else self.train_digits
+        index = mnist_corner.sample(labels, exponent, count)
+        kinds = torch.randint(len(self.backgrounds), (count,))
+        images = mnist_corner.make_view(digits[index], self.backgrounds[kinds], self.corner)
+        return images, {"digit": labels[index], "background": kinds}
+
+# ---- Training ------------------------------------------------------------------------------------
+def train_classifier(source, steps):
+    """A supervised network for digit and background: (B, 1, 32, 32) -> (B, 2, classes)."""
+    network = nn.Sequential(mnist_corner.make_encoder(32), nn.GELU(),
+                            nn.Linear(128, 2 * source.num_classes), nn.Unflatten(1, (2, -1)))
+    optimizer = torch.optim.AdamW(network.parameters())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        images, labels = source.batch(256, exponent=0.0)
+        outputs = network(images)
+        loss = sum(F.cross_entropy(outputs[:, i], labels[what]) for i, what in enumerate(LABELS))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network
+
+def train_unet(model, source, steps, progress):
+    """A diffusion model for the projections of one PMSN, and its loss in the last 100 steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, unet = model.to(device), UNet().to(device)
+    optimizer = torch.optim.AdamW(unet.parameters())
+    began, losses = time.time(), []
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 100) * (1 - step / (steps + 1))
+        images = source.batch(BATCH_SIZE, source.corner.exponent)[0].to(device)
+        projections = add_noise(project(model, images))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = flow_loss(unet, images, projections)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 100 == 0 or step == steps:
+            left = (time.time() - began) * (steps * (1 + progress.later_runs) / step - 1)
+            mean = np.mean(losses[-100:])
+            print(f"{progress.name}{step:>7}{mean:>9.4f}{left:>7.0f}s", flush=True)
+    model.cpu()
+    return unet.cpu(), mean
+
+# ---- One experiment ------------------------------------------------------------------------------
+def experiment(seed, exponent, later_runs, args):
+    """Draw the prototypes of one PMSN. Returns its entry in rcdm.json, and images for figures."""
+    torch.set_num_threads(1)  # faster here, because the runs are side by side
+    torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
+    corner = SimpleNamespace(**args.corner)
+    source = CornerImages(corner)
+    model = load_pmsn(model_path(args.models, seed, exponent), exponent, corner)
+    classifier = train_classifier(source, args.steps // 4)
+    progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", later_runs=later_runs)
+    unet, loss = train_unet(model, source, args.steps, progress)
+    torch.save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
+
+    torch.manual_seed(seed)  # A saved U-Net draws the same again.
+    prototypes = F.normalize(model.prototypes, dim=1)  # (10, 64)
+    images, labels = source.batch(10_000, corner.exponent)  # as in training
+    cosines, groups = (project(model, images) @ prototypes.T).max(dim=1)
+    shares = groups.bincount(minlength=10) / len(groups)  # of the images, (10,)
+    noise = torch.randn(10, args.samples, 1, 32, 32)
+    samples = draw(unet, prototypes, noise).flatten(0, 1)
+    drawn_from = torch.arange(10).repeat_interleave(args.samples)
+    _, nearest = (project(model, samples) @ prototypes.T).max(dim=1)
+    faithful = (nearest == drawn_from).float().view(10, -1).mean(dim=1)  # (10,)
+    test_images, test_labels = source.batch(2000, exponent=0.0, test=True)
+
+    results = {"loss": loss, "cosine": cosines.mean().item()}
+    # The share of samples whose nearest prototype is the one from which they were drawn.
+    results["faithfulness"] = (shares @ faithful).item()
+    found, test_found = classify(classifier, samples), classify(classifier, test_images)
+    for what in LABELS:
+        chance = labels[what][: len(samples)]  # labels of any images
+        results[f"{what}_of_samples"] = constancy(drawn_from, found[what], shares)
+        results[f"{what}_by_chance"] = constancy(drawn_from, chance, shares)
+        results[f"{what}_of_images"] = constancy(groups, labels[what], shares)
+        right = test_found[what] == test_labels[what]
+        results[f"{what}_accuracy"] = right.float().mean().item()
+    record = {"seed": seed, "exponent": exponent, "results": results, "shares": shares.tolist()}
+
+    # In the figures all rows get the same noise, so that one sees what the prototype changes.
+    noise = noise[:1, :8]
+    order = shares.argsort(descending=True)
+    references = test_images[:8]
+    of_references = draw(unet, project(model, references), noise)
+    pictures = {"shares": shares[order], "prototypes": draw(unet, prototypes[order], noise),
+                "images": torch.cat([references[:, None], of_references], dim=1)}
+    return record, {name: picture.numpy() for name, picture in pictures.items()}
+
+@torch.no_grad()
+def classify(network, images):
+    outputs = torch.cat([network(part) for part in images.split(1000)])
+    return dict(zip(LABELS, outputs.argmax(dim=2).T))
+
+def constancy(groups, labels, weights):
+    """How often an image has the most frequent label of its group: a weighted mean over groups.
+
+    Groups (N,) and labels (N,) are integers, and each group has a weight (groups,).
+    """
+    counts = torch.zeros(len(weights), int(labels.max()) + 1)
+    counts.index_put_((groups, labels), torch.ones(()), accumulate=True)
+    most_frequent = counts.amax(dim=1) / counts.sum(dim=1).clamp_min(1)
+    return (weights @ most_frequent).item()
+
+# ---- Figures -------------------------------------------------------------------------------------
+def show(ax, images):
+    """Images (rows, columns, 1, 32, 32) in about [-1, 1] as one picture with white lines."""
+    rows, columns = images.shape[:2]
+    tiles = np.ones((rows, columns, 34, 34))
+    tiles[..., 1:-1, 1:-1] = images[:, :, 0].clip(-1, 1) / 2 + 0.5
+    tiles = tiles.transpose(0, 2, 1, 3).reshape(34 * rows, 34 * columns)
+    ax.imshow(tiles, cmap="gray", vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+def plot(pictures, summary, out):
+    """rcdm.png shows samples of prototypes, and rcdm_images.png samples of real images."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 8.4), layout="constrained")
+    figure2, axes2 = plt.subplots(1, 2, figsize=(12, 6.9), layout="constrained")
+    wins = {}
+    for ax, ax2, (exponent, shown) in zip(axes, axes2, pictures.items()):
+        row, agree, scores = summary[exponent], [], {"nothing": 0.3}  # less is not clear
+        for what in LABELS:
+            share, chance = (row[f"{what}_{of}"]["mean"] for of in ("of_samples", "by_chance"))
+            agree.append(f"the same {what}: {share:.2f} (by chance {chance:.2f})")
+            scores[f"a {what}"] = (share - chance) / (1 - chance)
+        wins[exponent] = max(scores, key=scores.get)
+        prior = "power-law prior (PMSN)" if exponent else "uniform prior (MSN)"
+        ax.set_title("\n".join([f"{prior}: samples of a prototype show", *agree]))
+        show(ax, shown["prototypes"])
+        ax.set_yticks(17 + 34 * np.arange(10), [f"{share:.0%}" for share in shown["shares"]])
+        ax2.set_title(prior)
+        show(ax2, shown["images"])
+        ax2.axvline(33.5, color="black", linewidth=4)
+    power_law, uniform = wins.values()
+    figure.suptitle(f"A prototype stands for {power_law} under the power-law prior and for "
+                    f"{uniform} under the uniform prior", fontsize="x-large")
+    figure.supxlabel("Each row: samples of one prototype, last seed (left: its share of images). "
+                     f"Each column: the same noise. Numbers: mean over n = {row['n']} seeds",
+                     fontsize="medium")
+    figure2.suptitle("Left of the line: a real image. Right of it: samples of its projection",
+                     fontsize="x-large")
+    figure.savefig(out / "rcdm.png")
+    figure2.savefig(out / "rcdm_images.png")
+
+# ---- Command line --------------------------------------------------------------------------------
+def main(argv=None):
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--models", type=Path, help="--out of mnist_corner.py (default: train models in --out)")
+    add("--out", type=Path, default="runs/rcdm", help="folder for results and figures")
+    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
+    add("--steps", type=number(int, 10), default=1600, help="of the diffusion model")
+    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--quick", action="store_true", help="few images and steps, in one minute")
+    args = parser.parse_args(argv)
+    args.samples = 64  # of each prototype
+    if args.quick:
+        args.steps, args.samples = 40, 8
+    seeds = list(map(str, args.seeds))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to --out: {error}")
+    if args.models is None:
+        args.models = args.out / ("quick_models" if args.quick else "models")
+        files = [model_path(args.models, *pair) for pair in itertools.product(seeds, (1, 0))]
+        if not all(file.exists() for file in [args.models / "results.json", *files]):
+            print(f"mnist_corner.py trains the models in {args.models}", flush=True)
+            flags = [*CORNER_FLAGS, "--workers", str(args.workers), *["--quick"] * args.quick]
+            mnist_corner.main(["--out", str(args.models), "--seeds", *seeds, *flags])
+    try:
+        args.corner = json.loads((args.models / "results.json").read_text())["config"]
+        corner = SimpleNamespace(**args.corner)
+        CornerImages(corner)
+        exponents = (corner.exponent, 0.0)
+        jobs = list(itertools.product(args.seeds, exponents))
+        for seed, exponent in jobs:
+            load_pmsn(model_path(args.models, seed, exponent), exponent, corner)
+        if not corner.exponent:
+            raise ValueError("both priors are uniform")
+    except Exception as error:  # whatever a wrong file can cause
+        parser.error(f"cannot use {args.models}: {' '.join(str(error).split())}. It must be the "
+                     f"--out of one run of mnist_corner.py, with --seeds {' '.join(seeds)}")
+
+    print("seed exponent   step     loss    left", flush=True)
+    began, spawn = time.time(), multiprocessing.get_context("spawn")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with ProcessPoolExecutor(args.workers, spawn) as pool:
+        later_runs = [i // args.workers for i in reversed(range(len(jobs)))]
+        try:
+            found = list(pool.map(experiment, *zip(*jobs), later_runs, itertools.repeat(args)))
+        except BaseException:  # an error, or KeyboardInterrupt
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+    runs, summary = [run for run, _ in found], {}
+    for exponent in exponents:
+        results = [run["results"] for run in runs if run["exponent"] == exponent]
+        summary[exponent] = {"n": len(results)}
+        for key in results[0]:
+            values = [result[key] for result in results]
+            spread = np.std(values, ddof=min(1, len(values) - 1))
+            summary[exponent][key] = {"mean": np.mean(values), "std": spread}
+    print(f"\nmean ± std over n = {len(args.seeds)} seeds")
+    print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))
+    for key in results[0]:
+        cells = ["{mean:.3f} ± {std:.3f}".format(**row[key]) for row in summary.values()]
+        print(f"{key:<24}" + "".join(f"{cell:>18}" for cell in cells))
+    config = {**vars(args), "torch": torch.__version__}
+    content = {"config": config, "runs": runs, "summary": summary}
+    (args.out / "rcdm.json").write_text(json.dumps(content, indent=1, default=str))
+    pictures = {run["exponent"]: picture for run, picture in found}  # of the last seed
+    plot({exponent: pictures[exponent] for exponent in exponents}, summary, args.out)
+    print(f"After {time.time() - began:.0f} s, rcdm.json and the figures are in {args.out}")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""extras/rcdm.py: the sampler and the loss in closed form, what the condition does, a whole run."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "extras"))
+
+import mnist_corner
+import rcdm
+from test_corner import SETTINGS
+
+def train_models(folder):
+    """Two models of mnist_corner.py after two steps each."""
+    folder.mkdir()
+    settings = {**SETTINGS, "starts": 0, "out": folder}
+    for exponent in (1.0, 0.0):
+        mnist_corner.experiment(0, exponent, 0, SimpleNamespace(**settings))
+    (folder / "results.json").write_text(json.dumps({"config": settings}, default=str))
+
+def test_sampler_recovers_a_mixture():
+    """x_0 is normal around one of two means. Then the velocity E[noise - x_0 | x_t] is known."""
+    share, mean, std = torch.tensor([0.3, 0.7]), torch.tensor([-2.0, 1.0]), torch.tensor([0.2, 0.5])
+
+    def velocity(x, t):  # x (N, 1)
+        center, variance = (1 - t) * mean, (1 - t) ** 2 * std**2 + t**2  # of x_t, per component
+        log_density = share.log() - 0.5 * variance.log() - (x - center) ** 2 / (2 * variance)
+        image = mean + (1 - t) * std**2 / variance * (x - center)
+        noise = t / variance * (x - center)
+        return (log_density.softmax(dim=1) * (noise - image)).sum(dim=1, keepdim=True)
+    torch.manual_seed(0)
+    x = rcdm.sample(velocity, torch.randn(20_000, 1))
+    first = x < -0.8
+    assert first.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    for part, m, s in zip((x[first], x[~first]), mean, std):
+        found = torch.stack([part.mean(), part.std()])
+        torch.testing.assert_close(found, torch.stack([m, s]), atol=0.03, rtol=0)
+
+def test_loss_against_numpy():
+    images, seen = torch.rand(4000, 1, 2, 2), {}
+
+    def model(x, times, projections):
+        seen.update(x=x.double().numpy(), times=times.double().numpy(), projections=projections)
+        return 0.5 * x
+    loss = rcdm.flow_loss(model, images, "projections")
+    x, t, x0 = seen["x"], seen["times"][:, None, None, None], images.double().numpy()
+    noise = (x - (1 - t) * x0) / t
+    assert loss.item() == pytest.approx(((0.5 * x - (noise - x0)) ** 2).mean(), rel=1e-4)
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    # The time is logit-normal: 68% within one sigma.
+    assert np.mean(abs(np.log(t / (1 - t))) < 1) == pytest.approx(0.683, abs=0.03)
+
+def test_a_model_trained_on_two_projections_draws_the_right_image():
+    torch.manual_seed(0)
+    images = torch.full((2, 1, 32, 32), -0.8)
+    images[0, :, :16], images[1, :, :, 16:] = 0.8, 0.8  # the upper half, the right half
+    projections = F.normalize(torch.randn(2, 64), dim=1)
+    unet = rcdm.UNet()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    for _ in range(150):
+        index = torch.randint(2, (8,))
+        loss = rcdm.flow_loss(unet, images[index], projections[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = rcdm.draw(unet, projections, torch.randn(1, 3, 1, 32, 32))
+    assert drawn.shape == (2, 3, 1, 32, 32)
+    distance = (drawn[:, :, None] - images).abs().mean(dim=(3, 4, 5))  # (2, 3, 2)
+    for row in (0, 1):
+        assert (distance[row, :, row] < 0.5 * distance[row, :, 1 - row]).all()
+
+def test_constancy_by_hand():
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    labels = torch.tensor([5, 5, 2, 0, 1, 2, 3])  # two of three, one of four
+    found = rcdm.constancy(groups, labels, torch.tensor([0.75, 0.25]))
+    assert found == pytest.approx(0.75 * 2 / 3 + 0.25 / 4)
+
+def test_noise_has_the_length_that_it_should():
+    z = F.normalize(torch.randn(5000, 64), dim=1)
+    cosine = (z * rcdm.add_noise(z)).sum(dim=1).mean().item()
+    assert cosine == pytest.approx((1 + 0.5**2) ** -0.5, abs=0.01)
+
+def test_measures_of_perfect_samples(tmp_path, monkeypatch):
+    """Every pixel of an image is its digit here, and prototype k stands for the digit k."""
+    train_models(tmp_path / "models")
+    prototypes = []
+
+    def train_unet(model, *args):
+        prototypes.append(F.normalize(model.prototypes, dim=1))
+        return SimpleNamespace(state_dict=dict), 0.5
+
+    def batch(source, count, exponent, test=False):
+        digits = torch.arange(10).repeat_interleave(count // 55 * torch.arange(1, 11))
+        digits = digits[torch.randperm(len(digits))]
+        images = digits.view(-1, 1, 1, 1).expand(-1, 1, 32, 32).float()
+        return images, {"digit": digits, "background": torch.zeros_like(digits)}
+
+    def draw(unet, projections, noise):
+        digits = (projections @ prototypes[0].T).argmax(dim=1)
+        return digits.view(-1, 1, 1, 1, 1).expand(-1, noise.shape[1], 1, 32, 32).float()
+
+    def classify(network, images):
+        return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
+    for fake in (train_unet, draw, classify):
+        monkeypatch.setattr(rcdm, fake.__name__, fake)
+    monkeypatch.setattr(rcdm.CornerImages, "batch", batch)
+    monkeypatch.setattr(rcdm, "project", lambda model, x: prototypes[0][x[:, 0, 0, 0].long()])
+    monkeypatch.setattr(rcdm, "train_classifier", lambda *args: None)
+    args = SimpleNamespace(corner=SETTINGS, models=tmp_path / "models", out=tmp_path, steps=10,
+                           samples=8)
+    record, pictures = rcdm.experiment(0, 1.0, 0, args)
+    results = record["results"]
+    for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
+        assert results[name] == pytest.approx(1), name
+    assert results["background_of_samples"] == pytest.approx(0.5)
+    assert record["shares"] == pytest.approx([k / 55 for k in range(1, 11)])
+    # In the figure the prototype with the largest share comes first.
+    assert (np.diff(pictures["shares"]) < 0).all()
+    assert (pictures["prototypes"] == np.arange(9, -1, -1).reshape(10, 1, 1, 1, 1)).all()
+
+def test_quick_run_end_to_end(tmp_path, monkeypatch):
+    calls, models = [], tmp_path / "quick_models"
+    monkeypatch.setattr(mnist_corner, "main", lambda x: (calls.append(x), train_models(models)))
+    rcdm.main(["--quick", "--workers", "2", "--out", str(tmp_path)])
+    flags = ["--deform", "0.5", "--sinkhorn_iterations", "3", "--workers", "2", "--quick"]
+    assert calls == [["--out", str(models), "--seeds", "0", *flags]]
+    runs = json.loads((tmp_path / "rcdm.json").read_text())["runs"]
+    assert [run["exponent"] for run in runs] == [1, 0]
+    assert runs[0]["shares"] != runs[1]["shares"]
+    # Both priors get the same images. The most frequent of 8 balanced digits would have .30.
+    for name in ("digit_by_chance", "digit_accuracy"):
+        values = [run["results"][name] for run in runs]
+        assert values[0] == pytest.approx(values[1], abs=0.1) and values[0] > 0.05
+    assert runs[0]["results"]["digit_by_chance"] > 0.36
+    for name in ("rcdm.png", "rcdm_images.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
+
+def test_bad_input_is_one_clear_line(tmp_path, capsys):
+    def failure(*options):
+        with pytest.raises(SystemExit, match="^2$"):
+            rcdm.main(["--models", str(tmp_path / "models"), "--out", str(tmp_path), *options])
+        _, message = capsys.readouterr().err.split("error: ")
+        assert message.count("\n") == 1
+        return message
+    train_models(tmp_path / "models")
+    assert "model_1_7.pt" in failure("--seeds", "7")
+    assert "from 10" in failure("--steps", "9")
+    model = tmp_path / "models" / "model_0_0.pt"
+    model.write_bytes(model.read_bytes()[:1000])
+    assert "one run of mnist_corner.py, with --seeds 0" in failure()
+    settings = tmp_path / "models" / "results.json"
+    for text in ("{}", "[]", '{"config": {}}', "half"):
+        settings.write_text(text)
+        assert "mnist_corner.py" in failure()
+    assert "no/results.json" in failure("--models", "no")
