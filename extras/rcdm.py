@@ -314,7 +314,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.samples = 64  # of each prototype
     if args.quick:
-        args.steps, args.samples = 40, 8
+        args.steps, args.samples = 10, 4
     seeds = list(map(str, args.seeds))
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """extras/rcdm.py: the sampler and the loss in closed form, what the condition does, a whole run."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,15 @@ import mnist_corner
 import rcdm
 from test_corner import SETTINGS
 
-def train_models(folder):
-    """Two models of mnist_corner.py after two steps each."""
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with two models of mnist_corner.py after two steps each."""
+    folder = tmp_path_factory.mktemp("models")
     settings = {**SETTINGS, "starts": 0, "out": folder}
     for exponent in (1.0, 0.0):
         mnist_corner.experiment(0, exponent, 0, SimpleNamespace(**settings))
     (folder / "results.json").write_text(json.dumps({"config": settings}, default=str))
+    return folder
 
 def test_sampler_recovers_a_mixture():
     """x_0 is normal around one of two means. Then the velocity E[noise - x_0 | x_t] is known."""
@@ -82,14 +85,8 @@ def test_constancy_by_hand():
     found = rcdm.constancy(groups, labels, torch.tensor([0.75, 0.25]))
     assert found == pytest.approx(0.75 * 2 / 3 + 0.25 / 4)
 
-def test_noise_has_the_length_that_it_should():
-    z = F.normalize(torch.randn(5000, 64), dim=1)
-    cosine = (z * rcdm.add_noise(z)).sum(dim=1).mean().item()
-    assert cosine == pytest.approx((1 + 0.5**2) ** -0.5, abs=0.01)
-
-def test_measures_of_perfect_samples(tmp_path, monkeypatch):
+def test_measures_of_perfect_samples(models, tmp_path, monkeypatch):
     """Every pixel of an image is its digit here, and prototype k stands for the digit k."""
-    train_models(tmp_path / "models")
     prototypes = []
 
     def train_unet(model, *args):
@@ -113,8 +110,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(rcdm.CornerImages, "batch", batch)
     monkeypatch.setattr(rcdm, "project", lambda model, x: prototypes[0][x[:, 0, 0, 0].long()])
     monkeypatch.setattr(rcdm, "train_classifier", lambda *args: None)
-    args = SimpleNamespace(corner=SETTINGS, models=tmp_path / "models", out=tmp_path, steps=10,
-                           samples=8)
+    args = SimpleNamespace(corner=SETTINGS, models=models, out=tmp_path, steps=10, samples=8)
     record, pictures = rcdm.experiment(0, 1.0, 0, args)
     results = record["results"]
     for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
@@ -125,33 +121,31 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     assert (np.diff(pictures["shares"]) < 0).all()
     assert (pictures["prototypes"] == np.arange(9, -1, -1).reshape(10, 1, 1, 1, 1)).all()
 
-def test_quick_run_end_to_end(tmp_path, monkeypatch):
-    calls, models = [], tmp_path / "quick_models"
-    monkeypatch.setattr(mnist_corner, "main", lambda x: (calls.append(x), train_models(models)))
+def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
+    calls, folder = [], tmp_path / "quick_models"
+    copy = lambda arguments: (calls.append(arguments), shutil.copytree(models, folder))
+    monkeypatch.setattr(mnist_corner, "main", copy)
     rcdm.main(["--quick", "--workers", "2", "--out", str(tmp_path)])
     flags = ["--deform", "0.5", "--sinkhorn_iterations", "3", "--workers", "2", "--quick"]
-    assert calls == [["--out", str(models), "--seeds", "0", *flags]]
+    assert calls == [["--out", str(folder), "--seeds", "0", *flags]]
     runs = json.loads((tmp_path / "rcdm.json").read_text())["runs"]
     assert [run["exponent"] for run in runs] == [1, 0]
     assert runs[0]["shares"] != runs[1]["shares"]
-    # Both priors get the same images. The most frequent of 8 balanced digits would have .30.
-    for name in ("digit_by_chance", "digit_accuracy"):
-        values = [run["results"][name] for run in runs]
-        assert values[0] == pytest.approx(values[1], abs=0.1) and values[0] > 0.05
-    assert runs[0]["results"]["digit_by_chance"] > 0.36
+    # Both priors get the same classifier and images, of which .34 have the most frequent digit.
+    assert runs[0]["results"]["digit_accuracy"] == runs[1]["results"]["digit_accuracy"]
+    assert all(run["results"]["digit_of_images"] > 0.32 for run in runs)
     for name in ("rcdm.png", "rcdm_images.png"):
         assert min(Image.open(tmp_path / name).size) > 300
 
-def test_bad_input_is_one_clear_line(tmp_path, capsys):
+def test_bad_input_is_one_clear_line(models, tmp_path, capsys):
     def failure(*options):
         with pytest.raises(SystemExit, match="^2$"):
             rcdm.main(["--models", str(tmp_path / "models"), "--out", str(tmp_path), *options])
         _, message = capsys.readouterr().err.split("error: ")
         assert message.count("\n") == 1
         return message
-    train_models(tmp_path / "models")
+    shutil.copytree(models, tmp_path / "models")
     assert "model_1_7.pt" in failure("--seeds", "7")
-    assert "from 10" in failure("--steps", "9")
     model = tmp_path / "models" / "model_0_0.pt"
     model.write_bytes(model.read_bytes()[:1000])
     assert "one run of mnist_corner.py, with --seeds 0" in failure()
