@@ -7,7 +7,7 @@ with the power-law prior a prototype should stand for a digit, and with the unif
 background.
 
     python extras/rcdm.py               # two models, and a diffusion model for each: 15 minutes
-    python extras/rcdm.py --quick       # every step, with too little data, in one minute
+    python extras/rcdm.py --quick       # every step, with too little data, in half a minute
     python extras/rcdm.py --models runs/corner      # models that mnist_corner.py has trained
 
 Run `pip install -e .` first. The diffusion model sees images like the ones that PMSN has seen, with
@@ -310,7 +310,7 @@ def main(argv=None):
     add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
     add("--steps", type=number(int, 10), default=1600, help="of the diffusion model")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
-    add("--quick", action="store_true", help="few images and steps, in one minute")
+    add("--quick", action="store_true", help="few images and steps, in half a minute")
     args = parser.parse_args(argv)
     args.samples = 64  # of each prototype
     if args.quick:
