@@ -11,10 +11,10 @@ encodes the digit. With the uniform prior (MSN) it encodes the background. The l
     python mnist_corner.py --digits MNIST --backgrounds CIFAR10 --deform 0 --overcluster 50 \
         --prior_weight 3 --relative_sharpening --sinkhorn_iterations 10
 
-The loss has local minima, as K-means has. K-means starts again from other centers. We start again
-from the same weights on other windows of the images, nine in a regular grid. For each prior, the
-start with the lowest loss goes on with whole images. The digit fills one of the windows exactly,
-for all priors alike. So the result is what the loss prefers, and not what a single start finds.
+The loss has local minima, as K-means has, so we train from several starts: the same weights on nine
+windows of the images, in a regular grid. For each prior, the start with the lowest loss goes on
+with whole images. The digit fills one of the windows exactly, for all priors alike. So the result
+is what the loss prefers, and not what a single start finds.
 The loss is the paper's. Not in the paper: these starts, the small encoder, and no masking.
 --out gets results.json, neighbors.png (figure 3), the models, and with --curve preference.png.
 """
@@ -54,25 +54,23 @@ FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold DejaVuSe
 def load_digits(name, root):
     """Digits for training and for the test. The synthetic ones are the same, in other shapes."""
     if name == "synthetic":
-        return [synthetic_digits()] * 2
-    splits = [torchvision.datasets.MNIST(root, train, download=True) for train in (True, False)]
-    return [(shrink(split.data[:, None]), split.targets) for split in splits]
+        images = draw("0123456789", FONTS, (40, 29))  # All digits get the same height.
+        splits = [(F.pad(images, (0, 0, 5, 6)), torch.arange(10).repeat(len(FONTS)))] * 2
+    else:
+        splits = [torchvision.datasets.MNIST(root, train, download=True) for train in (True, False)]
+        splits = [(split.data[:, None], split.targets) for split in splits]
+    return [(v2.functional.resize(images / 255, 20, antialias=True), labels)
+            for images, labels in splits]
 
-def shrink(images):  # uint8 -> (N, 1, 20, 20) in [0, 1]
-    return v2.functional.resize(images / 255, 20, antialias=True)
-
-def synthetic_digits():
-    """The digits in 12 fonts that come with matplotlib: 120 images."""
+def draw(characters, fonts, size):
+    """White on black, in fonts that come with matplotlib: (fonts * characters, 1, h, w), uint8."""
     images = []
-    for name in FONTS:
+    for name, character in itertools.product(fonts, characters):
         font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 40)
-        for digit in range(10):
-            mask = font.getmask(str(digit))
-            glyph = Image.frombytes("L", mask.size, bytes(mask))
-            glyph = ImageOps.pad(glyph, (40, 29))  # All digits get the same height.
-            images.append(v2.functional.pil_to_tensor(glyph))
-    images = F.pad(torch.stack(images), (0, 0, 5, 6))  # (120, 1, 40, 40)
-    return shrink(images), torch.arange(10).repeat(12)
+        mask = font.getmask(character)
+        image = ImageOps.pad(Image.frombytes("L", mask.size, bytes(mask)), size)
+        images.append(v2.functional.pil_to_tensor(image))
+    return torch.stack(images)
 
 def load_backgrounds(name, root):
     """Ten gratings, or the first image of each class: (N, 1, h, w). Their index is their label."""
@@ -106,15 +104,15 @@ def sample(labels, exponent, count):
 def make_view(digits, backgrounds, args):
     """Digits in a square over backgrounds, randomly changed: (B, 1, 32, 32), about in [-1, 1]."""
     images = 0.5 + args.contrast * (background_view(backgrounds) - 0.5)
-    crop(images, (*args.corner, WINDOW))[:] = digit_view(digits, args.deform)
+    crop(images, (0, 0, WINDOW))[:] = digit_view(digits, args.deform)
     return 2 * (images + 0.05 * torch.randn_like(images)) - 1
 
 def crop(images, window):
     row, column, size = window
     return images[:, :, row : row + size, column : column + size]
 
-def digit_view(digits, deform):
-    """Digits in a random shape: (B, 1, h, w) -> (B, 1, 16, 16). At `deform` 0 nothing is random."""
+def digit_view(digits, deform, size=WINDOW):
+    """Digits in a random shape, (B, 1, size, size). At `deform` 0 nothing is random."""
     # If both views had the same shape, the uniform prior could split frequent digits by their font
     # at no cost, and would encode the digit too. MNIST has no fonts, and needs no change.
     angle = random_numbers(digits, math.radians(20) * deform)
@@ -123,8 +121,8 @@ def digit_view(digits, deform):
     shift = random_numbers(digits, 0.2 * deform, 2, 1)
     # An elastic change: 4 x 4 random offsets, smooth in between.
     bend = random_numbers(digits, 0.12 * deform, 2, 4, 4)
-    bend = F.interpolate(bend, size=WINDOW, mode="bicubic", align_corners=True)
-    digits = warp(digits, WINDOW, angle, shear, scale, shift, bend.permute(0, 2, 3, 1))
+    bend = F.interpolate(bend, size=size, mode="bicubic", align_corners=True)
+    digits = warp(digits, size, angle, shear, scale, shift, bend.permute(0, 2, 3, 1))
     # The width of the stroke: a random threshold on the slightly blurred digit.
     ink = (digits + F.avg_pool2d(digits, 3, stride=1, padding=1)) / 2
     threshold = 0.4 + random_numbers(digits, 0.2 * deform, 1, 1, 1)
@@ -234,7 +232,7 @@ def train(runs, stage, epochs, data, args, progress):
         print(f"{progress.name}{best.window!s:>13}{epoch + 1:>6}{terms}{left:>6.0f}s", flush=True)
 
 # ---- One experiment ------------------------------------------------------------------------------
-def experiment(seed, exponent, later_runs, args):
+def experiment(seed, exponent, later_jobs, args):
     """One seed and one prior: -> its entry in results.json, and the images of figure 3."""
     torch.set_num_threads(1)  # faster here, and the same bits for any number of cores
     torch.manual_seed(seed)
@@ -252,7 +250,7 @@ def experiment(seed, exponent, later_runs, args):
     windows = [(*place, WINDOW) for place in places] if args.starts else [(0, 0, SIZE)]
     starts = [make_start(window, seed, exponent, args) for window in windows]
     whole_epochs = math.ceil(args.epochs / 2)
-    all_epochs = (args.epochs + whole_epochs) * (1 + later_runs)
+    all_epochs = (args.epochs + whole_epochs) * (1 + later_jobs)
     name = f"{seed:>4}{exponent:>9.2f}"
     progress = SimpleNamespace(name=name, began=time.time(), done=0, all=all_epochs)
     train(starts, "starts", args.epochs, data, args, progress)
@@ -326,13 +324,10 @@ def plot_preference(summary, data_exponent, path):
         ax.set_ylim(0)
     top.set_ylabel("loss of the start (nats)")
     bottom.set(xlabel="exponent of the prior (0: uniform)", ylabel="neighbors with\nsame digit")
-    wins = []
-    for exponent, row in summary.items():
-        digit, background = row["digit_start"], row["background_start"]
-        if digit["mean"] + digit["std"] < background["mean"] - background["std"]:
-            wins.append(f"{exponent:g}")
-    figure.suptitle(f"The loss prefers the digit at exponents {', '.join(wins)}\n"
-                    f"(error bars apart: mean ± standard deviation, n = {row['n']} seeds)")
+    wins = [f"{exponent:g}" for exponent, row in summary.items()
+            if row["digit_start"]["mean"] < row["background_start"]["mean"]]
+    figure.suptitle(f"The loss is lower for the digit at exponents {', '.join(wins)}\n"
+                    f"(mean ± standard deviation, n = {summary[0.0]['n']} seeds)")
     figure.savefig(path)
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -345,6 +340,27 @@ def number(kind, low, high=math.inf):
         return value
     return number
 
+def run_in_processes(experiment, jobs, args):
+    """Results of experiment(*job, later_jobs, args). Its worker does `later_jobs` jobs after it."""
+    later_jobs = [i // args.workers for i in reversed(range(len(jobs)))]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return list(pool.map(experiment, *zip(*jobs), later_jobs, itertools.repeat(args)))
+        except BaseException:  # an error, or KeyboardInterrupt
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+def mean_and_std(results):
+    """{name: number} for each of n seeds -> {"n": n, name: {"mean": mean, "std": spread}}."""
+    summary = {"n": len(results)}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        spread = np.std(values, ddof=min(1, len(values) - 1))
+        summary[name] = {"mean": np.mean(values), "std": spread}
+    return summary
+
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -355,7 +371,6 @@ def main(argv=None):
     add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
     add("--curve", action="store_true", help="seven priors instead of two: preference.png")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
-    add("--corner", type=int, nargs=2, choices=(0, 16), default=(0, 0), help="row, column of digit")
     add("--exponent", type=number(float, 0, 4), default=1.0, help="of digits and their prior")
     add("--overcluster", type=number(int, 2), help="prototypes of a second head for the starts")
     add("--prior_weight", type=number(float, 0, 1e6), default=1.0, help="weight of the KL term")
@@ -380,27 +395,12 @@ def main(argv=None):
 
     exponents = sorted({0.0, args.exponent, *(CURVE if args.curve else [])})
     print("seed exponent  best window epoch     loss       CE       KL     eff.   left", flush=True)
-    began, spawn = time.time(), multiprocessing.get_context("spawn")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with ProcessPoolExecutor(args.workers, spawn) as pool:
-        jobs = list(itertools.product(args.seeds, exponents))
-        # For the time that is left: the runs that a worker still has after this one.
-        later_runs = [i // args.workers for i in reversed(range(len(jobs)))]
-        try:
-            found = list(pool.map(experiment, *zip(*jobs), later_runs, itertools.repeat(args)))
-        except BaseException:  # an error, or KeyboardInterrupt
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
-
+    began, jobs = time.time(), list(itertools.product(args.seeds, exponents))
+    found = run_in_processes(experiment, jobs, args)
     runs, summary = [run for run, _ in found], {}
     for exponent in exponents:
         results = [run["results"] for run in runs if run["exponent"] == exponent]
-        summary[exponent] = {"n": len(results)}
-        for key in results[0]:
-            values = [result[key] for result in results]
-            spread = np.std(values, ddof=min(1, len(values) - 1))
-            summary[exponent][key] = {"mean": np.mean(values), "std": spread}
+        summary[exponent] = mean_and_std(results)
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = "digit_start background_start same_digit same_background prior_kl".split()
     print("exponent" + "".join(f"{column:>18}" for column in columns))

@@ -22,9 +22,7 @@ import itertools
 import json
 import math
 import multiprocessing
-import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mnist_corner
-from mnist_corner import LABELS, number
+from mnist_corner import LABELS, mean_and_std, number, run_in_processes
 
 # Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
 # prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
@@ -192,14 +190,14 @@ def train_unet(model, source, steps, progress):
         optimizer.step()
         losses.append(loss.item())
         if step % 100 == 0 or step == steps:
-            left = (time.time() - began) * (steps * (1 + progress.later_runs) / step - 1)
+            left = (time.time() - began) * (steps * (1 + progress.later_jobs) / step - 1)
             mean = np.mean(losses[-100:])
             print(f"{progress.name}{step:>7}{mean:>9.4f}{left:>7.0f}s", flush=True)
     model.cpu()
     return unet.cpu(), mean
 
 # ---- One experiment ------------------------------------------------------------------------------
-def experiment(seed, exponent, later_runs, args):
+def experiment(seed, exponent, later_jobs, args):
     """Draw the prototypes of one PMSN. Returns its entry in rcdm.json, and images for figures."""
     torch.set_num_threads(1)  # faster here, because the runs are side by side
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
@@ -207,7 +205,7 @@ def experiment(seed, exponent, later_runs, args):
     source = CornerImages(corner)
     model = load_pmsn(model_path(args.models, seed, exponent), exponent, corner)
     classifier = train_classifier(source, args.steps // 4)
-    progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", later_runs=later_runs)
+    progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", later_jobs=later_jobs)
     unet, loss = train_unet(model, source, args.steps, progress)
     torch.save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
 
@@ -342,25 +340,12 @@ def main(argv=None):
                      f"--out of one run of mnist_corner.py, with --seeds {' '.join(seeds)}")
 
     print("seed exponent   step     loss    left", flush=True)
-    began, spawn = time.time(), multiprocessing.get_context("spawn")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with ProcessPoolExecutor(args.workers, spawn) as pool:
-        later_runs = [i // args.workers for i in reversed(range(len(jobs)))]
-        try:
-            found = list(pool.map(experiment, *zip(*jobs), later_runs, itertools.repeat(args)))
-        except BaseException:  # an error, or KeyboardInterrupt
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
-
+    began = time.time()
+    found = run_in_processes(experiment, jobs, args)
     runs, summary = [run for run, _ in found], {}
     for exponent in exponents:
         results = [run["results"] for run in runs if run["exponent"] == exponent]
-        summary[exponent] = {"n": len(results)}
-        for key in results[0]:
-            values = [result[key] for result in results]
-            spread = np.std(values, ddof=min(1, len(values) - 1))
-            summary[exponent][key] = {"mean": np.mean(values), "std": spread}
+        summary[exponent] = mean_and_std(results)
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))
     for key in results[0]:
