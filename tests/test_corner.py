@@ -53,15 +53,6 @@ def failure(capsys, *arguments):
     assert message.count("\n") == 1
     return message
 
-def make_folder(folder, classes=2, images=2):
-    folder.mkdir()
-    for c in range(classes):
-        (folder / f"class{c}").mkdir()
-        for i in range(images):
-            pixels = np.random.default_rng(c * 100 + i).integers(0, 255, (40, 50, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"class{c}" / f"{i}.png")
-    return folder
-
 def test_frequencies_follow_the_exponent():
     labels = torch.arange(3).repeat_interleave(torch.tensor([30, 4, 100]))
     torch.manual_seed(0)
@@ -164,27 +155,19 @@ def test_the_figure_says_which_exponents_prefer_the_digit(tmp_path, monkeypatch)
     mnist_corner.plot_preference(summary, 1.0, tmp_path / "preference.png")
     text = suptitle.call_args.args[0]
     assert "exponents 0.5, 1\n" in text and "n = 4" in text
-    assert min(Image.open(tmp_path / "preference.png").size) > 300
 
-def test_cifar_and_mnist_as_torchvision_gives_them(monkeypatch):
+def test_cifar_as_torchvision_gives_it(monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 99, (40, 32, 32, 3), dtype=np.uint8)
     def cifar(root, transform, download):
         items = [(transform(Image.fromarray(image)), 0) for image in pixels]
         return type("CIFAR", (list,), {"targets": [1, 1, 0, 1, 0] * 8})(items)
-    def mnist(root, train, download):
-        data = torch.full((20, 28, 28), 255 if train else 51, dtype=torch.uint8)
-        return SimpleNamespace(data=data, targets=torch.arange(20) % 10)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", cifar)
-    monkeypatch.setattr("torchvision.datasets.MNIST", mnist)
     images = mnist_corner.load_backgrounds("CIFAR10", "data")
     assert images.shape == (2, 1, 32, 32)
     for image, first in zip(images, (2, 0)):  # the first image of each class
         luma = pixels[first] @ np.array([0.299, 0.587, 0.114])
         expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
         np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
-    for (images, labels), gray in zip(mnist_corner.load_digits("MNIST", "data"), (1.0, 0.2)):
-        torch.testing.assert_close(images, torch.full((20, 1, 20, 20), gray))
-        assert labels.tolist() == [*range(10)] * 2
 
 @pytest.mark.parametrize("options, word", [
     ("--digits SVHN", "SVHN"), ("--backgrounds no/such", "'no/such'. --digits synthetic"),
@@ -193,13 +176,10 @@ def test_cifar_and_mnist_as_torchvision_gives_them(monkeypatch):
 def test_bad_options_are_one_clear_line(options, word, tmp_path, capsys):
     assert word in failure(capsys, "--out", tmp_path, *options.split())
 
-@pytest.mark.parametrize("classes, images, word", [(0, 0, "class folder"), (2, 0, "class0")])
-def test_bad_folders_are_named(classes, images, word, tmp_path, capsys):
-    folder = make_folder(tmp_path / "images", classes, images)
-    assert word in failure(capsys, "--backgrounds", folder, "--out", tmp_path)
-
 def test_unreadable_image_and_failed_download(tmp_path, monkeypatch, capsys):
-    image = make_folder(tmp_path / "images") / "class1" / "0.png"
+    image = tmp_path / "images" / "class0" / "0.png"
+    image.parent.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)).save(image)
     image.write_bytes(image.read_bytes()[:500])
     assert "truncated" in failure(capsys, "--backgrounds", image.parents[1], "--out", tmp_path)
     error = RuntimeError("downloading:\nno route")
@@ -238,6 +218,8 @@ def test_a_run_that_is_stopped_ends_all_its_processes(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST and CIFAR-10 are not in ../shared/data")
 def test_real_images_end_to_end():
+    for images, labels in mnist_corner.load_digits("MNIST", str(SHARED)):
+        assert images.shape == (len(labels), 1, 20, 20) and images.min() == 0 < images.max() <= 1
     record = run(1.0, digits="MNIST", root=str(SHARED), deform=0.0,
                  backgrounds=str(SHARED / "cifar10" / "test"))
     assert record["starts"][8]["same_background"] > 0.5 > 0.2 > record["starts"][8]["same_digit"]

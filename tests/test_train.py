@@ -211,10 +211,9 @@ def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_pat
     run(out, "--data", data)
     assert_same_run(undisturbed, out)
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_several_processes_killed_end_with_the_same_bits(world_size, data, tmp_path):
+def test_several_processes_killed_end_with_the_same_bits(data, tmp_path):
     """DDP changes the order of its sums after a first step. With 3 processes it would show."""
-    options = [world_size, "--data", data / "train", "--batch_size", 12,
+    options = [3, "--data", data / "train", "--batch_size", 12,
                "--classes_per_batch", 2, "--seed", 2**32 - 1]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(one, *start_together(one, *options))
@@ -338,8 +337,6 @@ def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     (["--exponent", "-1"], "argument --exponent: must be finite, from 0 to inf, got -1"),
     (["--exponent", "300"], "a prior must be positive"),
     (["--lr", "nan"], "argument --lr: must be finite, from"),
-    (["--seed", "-1"], "argument --seed: must be finite, from"),
-    (["--seed", str(2**32)], "argument --seed: must be finite, from"),
     (["--out", ""], "--out is empty"),
     (["--out", "/proc/x"], "cannot write or lock --out /proc/x: No such file or directory"),
     (["--quick", "--out", "FOREIGN"], "is not from --quick"),
@@ -361,18 +358,6 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert error.value.code == 2 and message in last, last
     assert (tmp_path / "FOREIGN" / "train").exists()
-
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None
-                    or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode,
-                    reason="making /dev/shm small needs root and mount namespaces")
-def test_little_shared_memory_ends_with_one_line(data, tmp_path):
-    """Views of 10 images do not fit into 1 MB, so a worker dies by a bus error."""
-    options = [*SMALL, "--image_size", "224", "--workers", "1", "--data", str(data / "train")]
-    script = " ".join([sys.executable, "train_inat.py", *options, "--out", str(tmp_path / "out")])
-    command = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs /dev/shm; {script}"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2, result.stderr
-    assert "use fewer --workers, or docker's --shm-size" in result.stderr.splitlines()[-1]
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 def test_shots_are_counted_on_training_images(monkeypatch):

@@ -1,0 +1,291 @@
+"""Which prior for long-tailed data? Section 5.2 of the paper, small enough for a laptop.
+
+The paper finds that a power-law prior helps on long-tailed iNat18 and hurts on balanced ImageNet.
+Here we draw 64 classes of letters, balanced or long-tailed. Other properties of the images are
+balanced, and a network could group by them instead: 12 fonts, and 10 gratings behind the letters
+if their contrast is not 0. The paper expects that the uniform prior prefers such a grouping.
+
+We train PMSN with priors from uniform to steep, and with four kinds of targets: plain (as in the
+paper), sharpened relative to the prior, moved to the prior by Sinkhorn, and both. All models start
+from the same weights and see the same views. Then we test their frozen features on images with
+balanced classes, in bold slanted fonts that are not in the training set. As in the paper, the
+labels of the classifiers are those of the training images, so they are long-tailed too.
+
+    python extras/which_prior.py              # few priors, two kinds of targets
+    python extras/which_prior.py --map --seeds 0 1 2    # the whole map
+    python extras/which_prior.py --quick      # every step, with too little data, half a minute
+
+Run `pip install -e .` first. --out gets which_prior.json and which_prior.png.
+Not in the paper: these images, the small encoder, no masking and one anchor per image, schedules
+for sharpening and target network, relative sharpening, and Sinkhorn with a prior.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pmsn
+from mnist_corner import (agreement, background_view, digit_view, draw, mean_and_std, number,
+                          run_in_processes, sample, synthetic_backgrounds)
+
+# 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
+# because a test image must not show what a training image shows.
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" "2345678" "abdefghjkmnqrty" "$&@?{]!" "ΓΔΞΠΣΦΨΩλ"
+TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif "
+               "DejaVuSerif-Bold DejaVuSans-Oblique DejaVuSerif-Italic STIXGeneral "
+               "STIXGeneralBol STIXGeneralItalic DejaVuSansMono-Oblique").split()
+TEST_FONTS = ("DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique "
+              "STIXGeneralBolIta").split()
+SIZE, BATCH_SIZE = 32, 256
+# How targets are made: sharpened relative to the prior or not, and number of Sinkhorn iterations.
+METHODS = {"plain": (False, 0), "relative": (True, 0), "Sinkhorn": (False, 3), "both": (True, 3)}
+
+# ---- Data ----------------------------------------------------------------------------------------
+class Data:
+    """`count` images with random classes, fonts and gratings. Their indices are (count,) each."""
+    def __init__(self, fonts, num_classes, exponent, contrast, count):
+        # The same order for all seeds. Head classes are not the first letters of the alphabet.
+        order = np.random.default_rng(0).permutation(len(CHARACTERS))[:num_classes]
+        letters = draw([CHARACTERS[place] for place in order], fonts, (40, 40))
+        self.letters = F.pad(letters, [4] * 4) / 255  # (fonts * classes, 1, 48, 48)
+        self.gratings, self.contrast = synthetic_backgrounds(), contrast
+        self.letter_index = sample(torch.arange(num_classes).repeat(len(fonts)), exponent, count)
+        self.labels = self.letter_index % num_classes
+        self.fonts = self.letter_index // num_classes
+        self.backgrounds = torch.randint(len(self.gratings), (count,))
+
+    def views(self, index):
+        """Random views of these images, (B, 1, 32, 32), about in [-1, 1]."""
+        letters = digit_view(self.letters[self.letter_index[index]], 1.0, SIZE)
+        gratings = background_view(self.gratings[self.backgrounds[index]])
+        images = letters + (1 - letters) * self.contrast * gratings
+        return 2 * (images + 0.05 * torch.randn_like(images)) - 1
+
+    def all_views(self):
+        """One view of every image, (count, 1, 32, 32)."""
+        return torch.cat([self.views(part) for part in torch.arange(len(self.labels)).split(1000)])
+
+# ---- Networks and training -----------------------------------------------------------------------
+def make_encoder():
+    """Convolutions, then one layer on all positions: (B, 1, 32, 32) -> (B, 128)."""
+    layers = []
+    for inputs, outputs, kernel in [(1, 16, 5), (16, 32, 3), (32, 64, 3)]:
+        layers += [nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2),
+                   nn.GroupNorm(1, outputs), nn.GELU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 128))
+
+def make_runs(seed, args):
+    """One model per prior and method, and a supervised one. All encoders start equal."""
+    runs = []
+    arms = [*itertools.product(args.prior_exponents, args.methods), (None, "supervised")]
+    for exponent, method in arms:
+        torch.manual_seed(seed)
+        encoder = make_encoder()
+        if method == "supervised":  # shows how much there is to learn, with labels of both views
+            model = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
+        else:
+            head = nn.Sequential(nn.Linear(128, 64), nn.BatchNorm1d(64, affine=False))
+            prior = pmsn.power_law_prior(args.prototypes, exponent)
+            relative, iterations = METHODS[method]
+            # With the uniform prior, relative sharpening only adds rounding. We leave it out, so
+            # that plain and relative, and Sinkhorn and both, are equal at exponent 0.
+            model = pmsn.PMSN(encoder, prior, head=head, output_dim=64, patch_drop=0.0,
+                              prior_weight=args.prior_weight, sinkhorn_iterations=iterations,
+                              relative_sharpening=relative and exponent > 0)
+            encoder = model.target_encoder  # We test the target network, as MSN does.
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+        runs.append(SimpleNamespace(exponent=exponent, method=method, model=model,
+                                    encoder=encoder, optimizer=optimizer))
+    return runs
+
+def train(runs, data, args, progress):
+    """Train all runs on the same batches and views."""
+    steps_per_epoch = args.images // BATCH_SIZE
+    for epoch in range(args.epochs):
+        for run in runs:
+            run.terms = {}
+        batches = torch.randperm(args.images).split(BATCH_SIZE)
+        for step, batch in enumerate(batches[:steps_per_epoch]):
+            done = (epoch + step / steps_per_epoch) / args.epochs  # from 0 to 1
+            warmup = min(1, 20 * done + 0.02)
+            decay = 0.55 + 0.45 * math.cos(math.pi * done)  # from 1 to 0.1
+            # Soft targets and a fast target network let the first clusters still change.
+            sharpening = max(0.25, 0.6 - 0.5 * done)
+            ema_momentum = 0.9 + 0.09 * min(1, 1.5 * done)
+            views = [data.views(batch) for _ in range(2)]  # the target and one anchor
+            for run in runs:
+                if run.method == "supervised":
+                    labels = data.labels[batch].repeat(2)
+                    loss, terms = F.cross_entropy(run.model(torch.cat(views)), labels), {}
+                else:
+                    run.model.loss_options["sharpening"] = sharpening
+                    loss, terms = run.model(views)
+                run.optimizer.param_groups[0]["lr"] = 2e-3 * warmup * decay
+                run.optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(run.model.parameters(), 3.0)
+                run.optimizer.step()
+                if run.method != "supervised":
+                    run.model.update_target(ema_momentum)
+                for name, value in terms.items():
+                    if value.ndim == 0:
+                        mean = value.item() / steps_per_epoch
+                        run.terms[name] = run.terms.get(name, 0.0) + mean
+        progress.done += 1
+        left = (time.time() - progress.began) * (progress.all / progress.done - 1)
+        print(f"{progress.name}{epoch + 1:>6}{left:>7.0f}s", flush=True)
+
+# ---- Measures ------------------------------------------------------------------------------------
+@torch.no_grad()
+def measure(run, data, images, test, test_images, num_classes):
+    """Accuracy on test images, and how the training images use the prototypes."""
+    features, test_features = [torch.cat([run.encoder(part) for part in x.split(1000)])
+                               for x in (images, test_images)]
+    found = {"same_background": agreement(test_features, test.backgrounds),
+             "same_font": agreement(test_features, test.fonts)}
+    for name, predict in (("knn", pmsn.knn_predictions), ("probe", pmsn.linear_probe)):
+        right = predict(features, data.labels, test_features) == test.labels
+        found.update(by_group(name, right, test.labels, num_classes))
+    if isinstance(run.model, pmsn.PMSN):
+        # BatchNorm in the head takes its statistics from all training images.
+        embeddings = run.model.target_head(features)
+        prototype = pmsn.cosine(embeddings, run.model.prototypes).argmax(dim=1)
+        pure, spread = prototype_use(prototype, data.labels, num_classes)
+        found.update(by_group("purity", pure, data.labels, num_classes))
+        found.update(by_group("spread", spread, torch.arange(num_classes), num_classes))
+    return found
+
+def prototype_use(prototype, labels, num_classes):
+    """How classes share the prototypes, from the nearest prototype and the label of N images.
+
+    First (N,): is the class of an image the most frequent one of its prototype? Then (classes,):
+    over how many prototypes is a class spread? This is the exponential of an entropy, and NaN for
+    a class without images.
+    """
+    table = F.one_hot(prototype).T.double() @ F.one_hot(labels, num_classes).double()
+    pure = table.argmax(dim=1)[prototype] == labels
+    spread = torch.special.entr(table / table.sum(dim=0)).sum(dim=0).exp()
+    return pure, spread
+
+def by_group(name, values, labels, num_classes):
+    """Means of all values, and those of head, middle and tail: thirds of the classes by rank."""
+    groups = labels * 3 // num_classes
+    means = {f"{name}_{group}": values[groups == i].double().nanmean().item()
+             for i, group in enumerate(("head", "middle", "tail"))}
+    return {name: values.double().nanmean().item(), **means}
+
+def experiment(seed, data_exponent, contrast, later_jobs, args):
+    """All models for one kind of data. Returns their entries in which_prior.json."""
+    torch.set_num_threads(1)  # faster here, and the same bits for any number of cores
+    torch.manual_seed(seed)
+    data = Data(TRAIN_FONTS, args.classes, data_exponent, contrast, args.images)
+    test = Data(TEST_FONTS, args.classes, 0.0, contrast, args.images // 4)
+    images, test_images = data.all_views(), test.all_views()
+    runs = make_runs(seed, args)
+    untrained = SimpleNamespace(exponent=None, method="random", model=None,
+                                encoder=make_encoder(), terms={})
+    name = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
+    progress = SimpleNamespace(name=name, began=time.time(), done=0,
+                               all=args.epochs * (1 + later_jobs))
+    train(runs, data, args, progress)
+    found = []
+    for run in [untrained, *runs]:
+        results = {**run.terms, **measure(run, data, images, test, test_images,
+                                             args.classes)}
+        found.append({"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
+                      "prior_exponent": run.exponent, "method": run.method, "results": results})
+    return found
+
+# ---- Figure --------------------------------------------------------------------------------------
+def plot(summary, path):
+    """k-NN accuracy over the exponent of the prior: a panel per kind of data, a line per method."""
+    data_exponents = sorted({arm[0] for arm in summary})
+    contrasts = sorted({arm[1] for arm in summary})
+    rows, columns = len(contrasts), len(data_exponents)
+    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4 * columns, 1 + 3.4 * rows),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
+        arms = {arm[2:]: row for arm, row in summary.items() if arm[:2] == kind}
+        for method in METHODS:
+            points = sorted((arm[0], row["knn"]["mean"], row["knn"]["std"])
+                            for arm, row in arms.items() if arm[1] == method)
+            if points:
+                exponents, mean, std = zip(*points)
+                ax.errorbar(exponents, mean, std, marker="o", capsize=3, label=method)
+        for method, style in (("supervised", "--"), ("random", ":")):
+            accuracy = arms[None, method]["knn"]["mean"]
+            ax.axhline(accuracy, color="gray", linestyle=style, label=method)
+        classes = f"class k has frequency k^-{kind[0]:g}" if kind[0] else "balanced classes"
+        ax.set_title(f"{classes}, gratings of contrast {kind[1]:g}", fontsize="medium")
+    axes[0, 0].legend(fontsize="small")
+    figure.supxlabel("exponent of the prior (0: uniform)")
+    figure.supylabel("k-NN accuracy on balanced images")
+    figure.savefig(path)
+
+# ---- Command line --------------------------------------------------------------------------------
+def main(argv=None):
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, power = parser.add_argument, number(float, 0, 4)
+    add("--data_exponents", type=power, nargs="+", default=[0.0, 1.0], help="class frequencies")
+    add("--contrasts", type=number(float, 0, 1), nargs="+", default=[0.0, 0.7], help="of gratings")
+    add("--prior_exponents", type=power, nargs="+", default=[0.0, 0.5, 1.0], help="of the priors")
+    add("--methods", choices=METHODS, nargs="+", default=["plain", "both"], help="kinds of targets")
+    add("--map", action="store_true", help="a larger choice of these four")
+    add("--classes", type=number(int, 3, 64), default=64, help="letters and symbols")
+    add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")
+    add("--prior_weight", type=number(float, 0, 1e6), default=1.0, help="weight of the KL term")
+    add("--out", type=Path, default="runs/which_prior", help="folder for results and figure")
+    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
+    add("--images", type=number(int, 1024), default=16_000, help="training images")
+    add("--epochs", type=number(int, 1), default=10, help="of training")
+    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--quick", action="store_true", help="few images and models, in half a minute")
+    args = parser.parse_args(argv)
+    if args.map:
+        args.data_exponents, args.contrasts = [0.0, 1.0, 1.5], [0.0, 0.7]
+        args.prior_exponents, args.methods = [0.0, 0.25, 0.5, 1.0, 1.5], list(METHODS)
+    if args.quick:
+        args.data_exponents, args.prior_exponents = [1.0], [0.0, 1.0]
+        args.images, args.epochs = 1024, 1
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to --out: {error}")
+
+    print("seed     data  contrast epoch    left", flush=True)
+    began = time.time()
+    jobs = list(itertools.product(args.seeds, args.data_exponents, args.contrasts))
+    records = sum(run_in_processes(experiment, jobs, args), [])
+    results, summary = {}, {}
+    for record in records:
+        keys = ("data_exponent", "contrast", "prior_exponent", "method")
+        results.setdefault(tuple(record[key] for key in keys), []).append(record["results"])
+    print(f"\nmean ± std over n = {len(args.seeds)} seeds")
+    columns = "knn knn_head knn_middle knn_tail probe same_background prior_kl".split()
+    print("data contrast prior     method" + "".join(f"{column:>16}" for column in columns))
+    for arm, found in results.items():
+        summary[arm] = row = mean_and_std(found)
+        data_exponent, contrast, exponent, method = arm
+        exponent = "" if exponent is None else f"{exponent:.2f}"
+        cells = ["{mean:.3f} ± {std:.3f}".format(**row[column]) for column in columns
+                 if column in row]
+        print(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{method:>11}"
+              + "".join(f"{cell:>16}" for cell in cells))
+    content = {"config": {**vars(args), "torch": torch.__version__}, "runs": records}
+    (args.out / "which_prior.json").write_text(json.dumps(content, indent=1, default=str))
+    plot(summary, args.out / "which_prior.png")
+    print(f"After {time.time() - began:.0f} s, results and figure are in {args.out}")
+
+if __name__ == "__main__":
+    main()
