@@ -205,6 +205,12 @@ def experiment(seed, data_exponent, contrast, later_jobs, args):
                                              args.classes)}
         found.append({"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
                       "prior_exponent": run.exponent, "method": run.method, "results": results})
+    # What a prior gains over the uniform one of the same seed. Seeds differ more than priors.
+    uniform = {x["method"]: x["results"]["knn"] for x in found if x["prior_exponent"] == 0}
+    for record in found:
+        if record["method"] in uniform:
+            results = record["results"]
+            results["gain"] = results["knn"] - uniform[record["method"]]
     return found
 
 # ---- Figure --------------------------------------------------------------------------------------
@@ -217,8 +223,8 @@ def plot(summary, path):
                                 sharex=True, sharey=True, squeeze=False, layout="constrained")
     for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
         arms = {arm[2:]: row for arm, row in summary.items() if arm[:2] == kind}
-        for method in METHODS:
-            points = sorted((arm[0], row["knn"]["mean"], row["knn"]["std"])
+        for i, method in enumerate(METHODS):  # side by side
+            points = sorted((arm[0] + 0.02 * i - 0.03, row["knn"]["mean"], row["knn"]["std"])
                             for arm, row in arms.items() if arm[1] == method)
             if points:
                 exponents, mean, std = zip(*points)
@@ -226,12 +232,23 @@ def plot(summary, path):
         for method, style in (("supervised", "--"), ("random", ":")):
             accuracy = arms[None, method]["knn"]["mean"]
             ax.axhline(accuracy, color="gray", linestyle=style, label=method)
-        classes = f"class k has frequency k^-{kind[0]:g}" if kind[0] else "balanced classes"
-        ax.set_title(f"{classes}, gratings of contrast {kind[1]:g}", fontsize="medium")
+        ax.axvline(kind[0], color="gray", alpha=0.3)
+        ax.set_title(name_of(kind), fontsize="medium")
     axes[0, 0].legend(fontsize="small")
+    wins = []
+    for arm, row in summary.items():
+        if arm[0] and arm[0] == arm[2] and "gain" in row:
+            if row["gain"]["mean"] > row["gain"]["std"]:
+                wins.append(f"{arm[3]} ({name_of(arm)})")
+    figure.suptitle("Where the prior of the classes (gray line) beats the uniform prior on "
+                    f"long-tailed data: {', '.join(wins) or 'nowhere'}")
     figure.supxlabel("exponent of the prior (0: uniform)")
-    figure.supylabel("k-NN accuracy on balanced images")
+    figure.supylabel(f"k-NN accuracy on balanced images (n = {row['n']} seeds)")
     figure.savefig(path)
+
+def name_of(kind):
+    classes = f"classes k^-{kind[0]:g}" if kind[0] else "balanced classes"
+    return f"{classes}, gratings {kind[1]:g}" if kind[1] else classes
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):
@@ -272,7 +289,7 @@ def main(argv=None):
         keys = ("data_exponent", "contrast", "prior_exponent", "method")
         results.setdefault(tuple(record[key] for key in keys), []).append(record["results"])
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
-    columns = "knn knn_head knn_middle knn_tail probe same_background prior_kl".split()
+    columns = "knn knn_head knn_middle knn_tail probe same_background gain".split()
     print("data contrast prior     method" + "".join(f"{column:>16}" for column in columns))
     for arm, found in results.items():
         summary[arm] = row = mean_and_std(found)

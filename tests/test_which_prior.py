@@ -16,8 +16,7 @@ import which_prior
 def test_classes_follow_the_exponent_and_nothing_else_does():
     torch.manual_seed(0)
     data = which_prior.Data(which_prior.TRAIN_FONTS, 4, 1.0, 0.5, 24_000)
-    # k^-1 for four classes: 12 : 6 : 4 : 3
-    assert torch.bincount(data.labels) / 960 == pytest.approx([12, 6, 4, 3], abs=0.5)
+    assert torch.bincount(data.labels) / 960 == pytest.approx([12, 6, 4, 3], abs=0.5)  # k^-1
     head = data.labels == 0
     for values, kinds in ((data.fonts, 12), (data.backgrounds, 10)):
         shares = torch.bincount(values[head]) / 11_520
@@ -56,7 +55,7 @@ def test_measures_by_hand():
 
 def test_quick_run_end_to_end(tmp_path, capsys):
     which_prior.main(["--quick", "--methods", "plain", "relative", "--contrasts", "0.7",
-                      "--out", str(tmp_path), "--workers", "1"])
+                      "--classes", "8", "--out", str(tmp_path), "--workers", "1"])
     runs = json.loads((tmp_path / "which_prior.json").read_text())["runs"]
     names = [(run["prior_exponent"], run["method"]) for run in runs]
     results = [run["results"] for run in runs]
@@ -64,6 +63,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
                      (1, "relative"), (None, "supervised")]
     assert results[1] == results[2]  # With the uniform prior, both ways are the same.
     assert all(results[i] != results[j] for i, j in ((1, 3), (3, 4), (2, 4)))
+    assert results[3]["gain"] == results[3]["knn"] - results[1]["knn"] != 0
     assert all(0 < result[name] < 1 for result in results for name in ("knn", "probe"))
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert len(table) == 2 + 6 + 1 and len(set(map(len, table[1:-1]))) == 2  # aligned
