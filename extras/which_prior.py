@@ -11,8 +11,8 @@ from the same weights and see the same views. Then we test their frozen features
 balanced classes, in bold slanted fonts that are not in the training set. As in the paper, the
 labels of the classifiers are those of the training images, so they are long-tailed too.
 
-    python extras/which_prior.py              # few priors, two kinds of targets
-    python extras/which_prior.py --map --seeds 0 1 2    # the whole map
+    python extras/which_prior.py              # few priors, two kinds of targets, 8 minutes
+    python extras/which_prior.py --map --seeds 0 1 2    # the whole map, 80 minutes
     python extras/which_prior.py --quick      # every step, with too little data, half a minute
 
 Run `pip install -e .` first. --out gets which_prior.json and which_prior.png.
