@@ -55,7 +55,8 @@ def load_digits(name, root):
     """Digits for training and for the test. The synthetic ones are the same, in other shapes."""
     if name == "synthetic":
         images = draw("0123456789", FONTS, (40, 29))  # All digits get the same height.
-        splits = [(F.pad(images, (0, 0, 5, 6)), torch.arange(10).repeat(len(FONTS)))] * 2
+        labels = torch.arange(10).repeat(len(FONTS))
+        splits = [(F.pad(images, (0, 0, 5, 6)), labels)] * 2
     else:
         splits = [torchvision.datasets.MNIST(root, train, download=True) for train in (True, False)]
         splits = [(split.data[:, None], split.targets) for split in splits]
@@ -149,10 +150,10 @@ def warp(images, size, angle, shear, scale, shift, bend=0):
     return F.grid_sample(images, grid + bend, padding_mode="border", align_corners=False)
 
 # ---- Model and training --------------------------------------------------------------------------
-def make_encoder(size):
+def make_encoder(size, widths=(32, 64, 64)):
     """Convolutions, then one layer on all positions: (B, 1, size, size) -> (B, 128)."""
     layers = []
-    for inputs, outputs, kernel in [(1, 32, 5), (32, 64, 3), (64, 64, 3)]:
+    for inputs, outputs, kernel in zip((1, *widths), widths, (5, 3, 3)):
         layers += [nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2),
                    nn.GroupNorm(1, outputs), nn.GELU()]
     # The mean over the positions would lose where the digit is.
@@ -224,7 +225,6 @@ def train(runs, stage, epochs, data, args, progress):
                 values = {"loss": losses[0], **terms[0]}  # without the overclustering
                 for key in TERMS:
                     run.terms[key] += values[key].item() / steps_per_epoch
-
         progress.done += 1
         left = (time.time() - progress.began) * (progress.all / progress.done - 1)
         best = min(runs, key=lambda run: run.terms["loss"])

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pmsn
-from mnist_corner import (agreement, background_view, digit_view, draw, mean_and_std, number,
-                          run_in_processes, sample, synthetic_backgrounds)
+from mnist_corner import (agreement, background_view, digit_view, draw, make_encoder, make_model,
+                          mean_and_std, number, run_in_processes, sample, synthetic_backgrounds)
 
 # 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
 # because a test image must not show what a training image shows.
@@ -48,6 +48,7 @@ TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold De
 TEST_FONTS = ("DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique "
               "STIXGeneralBolIta").split()
 SIZE, BATCH_SIZE = 32, 256
+WIDTHS = (16, 32, 64)  # channels of the encoder
 # How targets are made: sharpened relative to the prior or not, and number of Sinkhorn iterations.
 METHODS = {"plain": (False, 0), "relative": (True, 0), "Sinkhorn": (False, 3), "both": (True, 3)}
 
@@ -77,32 +78,23 @@ class Data:
         return torch.cat([self.views(part) for part in torch.arange(len(self.labels)).split(1000)])
 
 # ---- Networks and training -----------------------------------------------------------------------
-def make_encoder():
-    """Convolutions, then one layer on all positions: (B, 1, 32, 32) -> (B, 128)."""
-    layers = []
-    for inputs, outputs, kernel in [(1, 16, 5), (16, 32, 3), (32, 64, 3)]:
-        layers += [nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2),
-                   nn.GroupNorm(1, outputs), nn.GELU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 128))
-
 def make_runs(seed, args):
     """One model per prior and method, and a supervised one. All encoders start equal."""
     runs = []
     arms = [*itertools.product(args.prior_exponents, args.methods), (None, "supervised")]
     for exponent, method in arms:
         torch.manual_seed(seed)
-        encoder = make_encoder()
+        encoder = make_encoder(SIZE, WIDTHS)
         if method == "supervised":  # shows how much there is to learn, with labels of both views
             model = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
         else:
-            head = nn.Sequential(nn.Linear(128, 64), nn.BatchNorm1d(64, affine=False))
-            prior = pmsn.power_law_prior(args.prototypes, exponent)
             relative, iterations = METHODS[method]
             # With the uniform prior, relative sharpening only adds rounding. We leave it out, so
             # that plain and relative, and Sinkhorn and both, are equal at exponent 0.
-            model = pmsn.PMSN(encoder, prior, head=head, output_dim=64, patch_drop=0.0,
-                              prior_weight=args.prior_weight, sinkhorn_iterations=iterations,
-                              relative_sharpening=relative and exponent > 0)
+            options = SimpleNamespace(
+                prior_weight=args.prior_weight, sinkhorn_iterations=iterations,
+                relative_sharpening=relative and exponent > 0)
+            model = make_model(encoder, args.prototypes, exponent, options)
             encoder = model.target_encoder  # We test the target network, as MSN does.
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         runs.append(SimpleNamespace(exponent=exponent, method=method, model=model,
@@ -194,7 +186,7 @@ def experiment(seed, data_exponent, contrast, later_jobs, args):
     images, test_images = data.all_views(), test.all_views()
     runs = make_runs(seed, args)
     untrained = SimpleNamespace(exponent=None, method="random", model=None,
-                                encoder=make_encoder(), terms={})
+                                encoder=make_encoder(SIZE, WIDTHS), terms={})
     name = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
     progress = SimpleNamespace(name=name, began=time.time(), done=0,
                                all=args.epochs * (1 + later_jobs))
