@@ -76,7 +76,12 @@ def draw(characters, fonts, size):
 def load_backgrounds(name, root):
     """Ten gratings, or the first image of each class: (N, 1, h, w). Their index is their label."""
     if name == "synthetic":
-        return synthetic_backgrounds()
+        y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+        images = []
+        for period, angle in itertools.product((4, 9), np.arange(5) * math.pi / 5):
+            across = x * math.cos(angle) + y * math.sin(angle)
+            images.append(0.5 + 0.5 * torch.sin(math.tau / period * across))
+        return torch.stack(images)[:, None]  # 64 x 64 pixels, in [0, 1]
     gray = v2.Compose([v2.Grayscale(), v2.Resize(SIZE), v2.CenterCrop(SIZE), v2.PILToTensor()])
     if name == "CIFAR10":
         data = torchvision.datasets.CIFAR10(root, transform=gray, download=True)
@@ -86,15 +91,6 @@ def load_backgrounds(name, root):
     images = torch.stack([data[i][0] for i in first]).float()
     std, mean = torch.std_mean(images, dim=(2, 3), keepdim=True)
     return 0.5 + 0.35 * (images - mean) / std.clamp_min(1)  # the contrast of the gratings
-
-def synthetic_backgrounds():
-    """Ten gratings, of five angles and two periods: (10, 1, 64, 64) in [0, 1]."""
-    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    images = []
-    for period, angle in itertools.product((4, 9), np.arange(5) * math.pi / 5):
-        across = x * math.cos(angle) + y * math.sin(angle)
-        images.append(0.5 + 0.5 * torch.sin(math.tau / period * across))
-    return torch.stack(images)[:, None]
 
 def sample(labels, exponent, count):
     """Random indices of `count` images. Class k = 1, 2 ... has a frequency of k^-exponent."""
@@ -250,9 +246,8 @@ def experiment(seed, exponent, later_jobs, args):
     windows = [(*place, WINDOW) for place in places] if args.starts else [(0, 0, SIZE)]
     starts = [make_start(window, seed, exponent, args) for window in windows]
     whole_epochs = math.ceil(args.epochs / 2)
-    all_epochs = (args.epochs + whole_epochs) * (1 + later_jobs)
-    name = f"{seed:>4}{exponent:>9.2f}"
-    progress = SimpleNamespace(name=name, began=time.time(), done=0, all=all_epochs)
+    progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", began=time.time(), done=0)
+    progress.all = (args.epochs + whole_epochs) * (1 + later_jobs)
     train(starts, "starts", args.epochs, data, args, progress)
     # Only for the report, before `widen` changes the best start. The loss chooses.
     for start in starts:
@@ -324,10 +319,13 @@ def plot_preference(summary, data_exponent, path):
         ax.set_ylim(0)
     top.set_ylabel("loss of the start (nats)")
     bottom.set(xlabel="exponent of the prior (0: uniform)", ylabel="neighbors with\nsame digit")
-    wins = [f"{exponent:g}" for exponent, row in summary.items()
-            if row["digit_start"]["mean"] < row["background_start"]["mean"]]
+    wins = []
+    for exponent, row in summary.items():
+        digit, background = row["digit_start"], row["background_start"]
+        if digit["mean"] + digit["std"] < background["mean"] - background["std"]:
+            wins.append(f"{exponent:g}")
     figure.suptitle(f"The loss is lower for the digit at exponents {', '.join(wins)}\n"
-                    f"(mean ± standard deviation, n = {summary[0.0]['n']} seeds)")
+                    f"(mean ± standard deviation, n = {row['n']} seeds)")
     figure.savefig(path)
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -352,13 +350,17 @@ def run_in_processes(experiment, jobs, args):
                 process.kill()
             raise
 
-def mean_and_std(results):
-    """{name: number} for each of n seeds -> {"n": n, name: {"mean": mean, "std": spread}}."""
-    summary = {"n": len(results)}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        spread = np.std(values, ddof=min(1, len(values) - 1))
-        summary[name] = {"mean": np.mean(values), "std": spread}
+def summarize(runs, key):
+    """{key(run): {"n": number of seeds, name of a result: {"mean": mean, "std": spread}}}."""
+    groups, summary = {}, {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run["results"])
+    for group, results in groups.items():
+        summary[group] = row = {"n": len(results)}
+        for name in results[0]:
+            values = [result[name] for result in results]
+            spread = np.std(values, ddof=min(1, len(values) - 1))
+            row[name] = {"mean": np.mean(values), "std": spread}
     return summary
 
 def main(argv=None):
@@ -397,10 +399,8 @@ def main(argv=None):
     print("seed exponent  best window epoch     loss       CE       KL     eff.   left", flush=True)
     began, jobs = time.time(), list(itertools.product(args.seeds, exponents))
     found = run_in_processes(experiment, jobs, args)
-    runs, summary = [run for run, _ in found], {}
-    for exponent in exponents:
-        results = [run["results"] for run in runs if run["exponent"] == exponent]
-        summary[exponent] = mean_and_std(results)
+    runs = [run for run, _ in found]
+    summary = summarize(runs, key=lambda run: run["exponent"])
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = "digit_start background_start same_digit same_background prior_kl".split()
     print("exponent" + "".join(f"{column:>18}" for column in columns))

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mnist_corner
-from mnist_corner import LABELS, mean_and_std, number, run_in_processes
+from mnist_corner import LABELS, number, run_in_processes, summarize
 
 # Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
 # prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
@@ -342,13 +342,11 @@ def main(argv=None):
     print("seed exponent   step     loss    left", flush=True)
     began = time.time()
     found = run_in_processes(experiment, jobs, args)
-    runs, summary = [run for run, _ in found], {}
-    for exponent in exponents:
-        results = [run["results"] for run in runs if run["exponent"] == exponent]
-        summary[exponent] = mean_and_std(results)
+    runs = [run for run, _ in found]
+    summary = summarize(runs, key=lambda run: run["exponent"])
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))
-    for key in results[0]:
+    for key in runs[0]["results"]:
         cells = ["{mean:.3f} ± {std:.3f}".format(**row[key]) for row in summary.values()]
         print(f"{key:<24}" + "".join(f"{cell:>18}" for cell in cells))
     config = {**vars(args), "torch": torch.__version__}

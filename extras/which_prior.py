@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pmsn
-from mnist_corner import (agreement, background_view, digit_view, draw, make_encoder, make_model,
-                          mean_and_std, number, run_in_processes, sample, synthetic_backgrounds)
+from mnist_corner import (agreement, background_view, digit_view, draw, load_backgrounds,
+                          make_encoder, make_model, number, run_in_processes, sample, summarize)
 
 # 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
 # because a test image must not show what a training image shows.
@@ -60,7 +60,7 @@ class Data:
         order = np.random.default_rng(0).permutation(len(CHARACTERS))[:num_classes]
         letters = draw([CHARACTERS[place] for place in order], fonts, (40, 40))
         self.letters = F.pad(letters, [4] * 4) / 255  # (fonts * classes, 1, 48, 48)
-        self.gratings, self.contrast = synthetic_backgrounds(), contrast
+        self.gratings, self.contrast = load_backgrounds("synthetic", None), contrast
         self.letter_index = sample(torch.arange(num_classes).repeat(len(fonts)), exponent, count)
         self.labels = self.letter_index % num_classes
         self.fonts = self.letter_index // num_classes
@@ -275,23 +275,20 @@ def main(argv=None):
     print("seed     data  contrast epoch    left", flush=True)
     began = time.time()
     jobs = list(itertools.product(args.seeds, args.data_exponents, args.contrasts))
-    records = sum(run_in_processes(experiment, jobs, args), [])
-    results, summary = {}, {}
-    for record in records:
-        keys = ("data_exponent", "contrast", "prior_exponent", "method")
-        results.setdefault(tuple(record[key] for key in keys), []).append(record["results"])
+    runs = sum(run_in_processes(experiment, jobs, args), [])
+    keys = ("data_exponent", "contrast", "prior_exponent", "method")
+    summary = summarize(runs, key=lambda run: tuple(run[name] for name in keys))
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = "knn knn_head knn_middle knn_tail probe same_background gain".split()
     print("data contrast prior     method" + "".join(f"{column:>16}" for column in columns))
-    for arm, found in results.items():
-        summary[arm] = row = mean_and_std(found)
+    for arm, row in summary.items():
         data_exponent, contrast, exponent, method = arm
         exponent = "" if exponent is None else f"{exponent:.2f}"
         cells = ["{mean:.3f} ± {std:.3f}".format(**row[column]) for column in columns
                  if column in row]
         print(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{method:>11}"
               + "".join(f"{cell:>16}" for cell in cells))
-    content = {"config": {**vars(args), "torch": torch.__version__}, "runs": records}
+    content = {"config": {**vars(args), "torch": torch.__version__}, "runs": runs}
     (args.out / "which_prior.json").write_text(json.dumps(content, indent=1, default=str))
     plot(summary, args.out / "which_prior.png")
     print(f"After {time.time() - began:.0f} s, results and figure are in {args.out}")

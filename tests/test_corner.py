@@ -149,7 +149,7 @@ def test_the_figure_says_which_exponents_prefer_the_digit(tmp_path, monkeypatch)
     suptitle = Mock()
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", suptitle)
     summary = {}
-    for exponent, digit, background in [(0.0, 3, 1), (0.5, 2, 2.5), (1.0, 1, 3), (2.0, 3, 2.95)]:
+    for exponent, digit, background in [(0.0, 3, 1), (0.5, 2, 2.5), (1.0, 1, 3), (2.0, 3, 3.15)]:
         values = {"digit_start": digit, "background_start": background, "same_digit": 0.5}
         summary[exponent] = {key: {"mean": x, "std": 0.1} for key, x in values.items()} | {"n": 4}
     mnist_corner.plot_preference(summary, 1.0, tmp_path / "preference.png")
