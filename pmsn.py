@@ -173,8 +173,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT encoder: images (B, 3, H, W) -> features of the CLS token (B, embed_dim).
 
-    Weights of timm fit. From a checkpoint of MSN take "target_encoder", drop the keys of its head
-    ("module.fc."), then remove the prefix "module." from the others.
+    Weights of timm fit. Checkpoints of MSN: see load_encoder in extras/transfer.py.
     """
     def __init__(self, image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6):
         super().__init__()
@@ -438,7 +437,7 @@ def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
     return votes.argmax(dim=1)
 
 @torch.enable_grad()
-def linear_probe(features, labels, test_features, seed=0):
+def linear_probe(features, labels, test_features, seed=0, penalty=0.0):
     """Classes (Q,) by softmax regression on whitened features, at least 1000 steps of AdamW."""
     std, mean = torch.std_mean(features, dim=0)
     features, test_features = [(x - mean) / (std + 1e-6) for x in (features, test_features)]
@@ -452,9 +451,10 @@ def linear_probe(features, labels, test_features, seed=0):
     generator = torch.Generator().manual_seed(seed)
     steps = max(1000, 30 * len(features) // 256)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         batch = torch.randint(len(labels), (256,), generator=generator).to(labels.device)
-        loss = F.cross_entropy(features[batch] @ weight + bias, labels[batch])
+        logits = features[batch] @ weight + bias
+        loss = F.cross_entropy(logits, labels[batch]) + penalty * weight.square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

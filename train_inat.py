@@ -121,17 +121,18 @@ def schedules(args, steps_per_epoch):
     return lr.tolist(), weight_decay.tolist(), ema_momentum.tolist()
 
 # ---- Evaluation of the frozen target encoder -----------------------------------------------------
+def center_crop(size):
+    resize = v2.Resize(round(size * 256 / 224), antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(size)])
+
 @torch.no_grad()
-def extract(encoder, split, args, rank, world_size):
-    """Features (n, d) and labels (n,) of the center crops of all readable images."""
-    paths, labels = split
+def extract(encoder, images, labels, workers, rank, world_size, watch=iter):
+    """Features (n, d) and labels (n,) of all readable images. `watch` can print the progress."""
     device = encoder.cls_token.device
-    resize = v2.Resize(round(args.image_size * 256 / 224), antialias=True)
-    transform = v2.Compose([resize, v2.CenterCrop(args.image_size)])
-    images = Subset(Images(paths, transform), range(rank, len(paths), world_size))
+    share = Subset(images, range(rank, len(labels), world_size))
     unreadable, found = set(), []
-    for crops, index, readable in DataLoader(images, batch_size=256, num_workers=args.workers):
-        name_unreadable(paths, index[~readable], unreadable)
+    for crops, index, readable in watch(DataLoader(share, batch_size=256, num_workers=workers)):
+        name_unreadable(images.paths, index[~readable], unreadable)
         crops = v2.functional.to_dtype(crops.to(device), torch.float32, scale=True)
         crops = v2.functional.normalize(crops, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -142,23 +143,28 @@ def extract(encoder, split, args, rank, world_size):
         dist.all_gather_object(shares, found)
         found = sum(shares, [])
     indices, features = [torch.cat(parts) for parts in zip(*found)]
-    if len(paths) - len(indices) > max(1, len(paths) // 100):
-        fail(f"more than 1% of {len(paths)} images cannot be read")
+    if len(labels) - len(indices) > max(1, len(labels) // 100):
+        fail(f"more than 1% of {len(labels)} images cannot be read")
     indices, order = indices.sort()  # the same order for any number of processes
     return features[order].to(device), labels[indices].to(device)
 
-def evaluate(encoder, training, validation, *share):
-    """Accuracy of k-NN and linear probe: all classes, and many, medium, few images per class."""
-    features, labels = extract(encoder, training, *share)
-    test_features, test_labels = extract(encoder, validation, *share)
+def accuracies(name, predicted, test_labels, labels):
+    """Accuracy on all classes, and on those with many, medium and few training images."""
     counts = torch.bincount(labels, minlength=int(test_labels.max()) + 1)[test_labels]
     groups = {"all": counts >= 0, "many": counts > 100, "few": counts < 20}
     groups["medium"] = ~(groups["many"] | groups["few"])
+    return {f"{name}_{group}": (predicted == test_labels)[chosen].double().mean().item()
+            for group, chosen in groups.items() if chosen.any()}
+
+def evaluate(encoder, training, validation, args, *ranks):
+    """Accuracies of k-NN and of the linear probe."""
+    (features, labels), (test_features, test_labels) = [
+        extract(encoder, Images(paths, center_crop(args.image_size)), labels, args.workers, *ranks)
+        for paths, labels in (training, validation)]
     knn = pmsn.knn_predictions(features, labels, test_features, min(20, len(features)))
     linear = pmsn.linear_probe(features, labels, test_features)
-    return {f"{method}_{name}": (predicted == test_labels)[group].double().mean().item()
-            for method, predicted in (("knn", knn), ("linear", linear))
-            for name, group in groups.items() if group.any()}
+    found = accuracies("knn", knn, test_labels, labels)
+    return found | accuracies("linear", linear, test_labels, labels)
 
 # ---- Checkpoints and figures ---------------------------------------------------------------------
 def fail(message):
@@ -411,10 +417,4 @@ def parse(argv):
     return args
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError as error:
-        # The DataLoader raises this error at any moment when a worker has died.
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-            raise
-        fail("a worker died for lack of memory: use fewer --workers, or docker's --shm-size")
+    main()

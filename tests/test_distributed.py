@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pmsn
+import train_inat
 
 WORLD_SIZE, BATCH = 2, 4  # BATCH counts the images of both processes.
 OPTIONS = {"temperature": 0.2, "sinkhorn_iterations": 2, "prior_weight": 3.0}
@@ -49,11 +50,27 @@ def train_two_steps(rank):
     return {"losses": torch.stack(losses), "terms": all_terms[0], "gradients": gradients[0],
             "state": model.state_dict()}
 
+class Gray(torch.utils.data.Dataset):
+    """Seven gray images. They do not split evenly over two processes."""
+    paths = range(7)
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return torch.full((3, 16, 16), 30 * index, dtype=torch.uint8), index, True
+
+def features(rank, world_size):
+    torch.manual_seed(0)
+    encoder = pmsn.VisionTransformer(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    return train_inat.extract(encoder, Gray(), torch.arange(7), 0, rank, world_size)
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
                             rank=rank, world_size=WORLD_SIZE)
-    torch.save(train_two_steps(rank), f"{folder}/{rank}.pt")
+    found = {**train_two_steps(rank), "features": features(rank, WORLD_SIZE)}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
@@ -81,3 +98,10 @@ def test_training_with_two_processes_is_training_with_the_whole_batch(models):
                 close(model[part][name], value)
         for name in ("prior_kl", "mean_prediction", "effective_prototypes"):
             close(model["terms"][name], whole["terms"][name], 1e-6)
+
+def test_two_processes_share_the_images_and_find_the_same_features(models):
+    expected, labels = features(0, 1)
+    assert labels.tolist() == [*range(7)] and len(expected.unique(dim=0)) == 7
+    for model in models:
+        close(model["features"][0], expected)
+        assert torch.equal(model["features"][1], labels)

@@ -32,16 +32,6 @@ def test_training_commands_are_understood(command, tmp_path):
     assert str(args.data) == "PATH"
     assert words[0] == "python" or "torchrun" in words[:2]
 
-def test_quick_training_runs_the_whole_path_and_starts_anew(tmp_path):
-    assert "python train_inat.py --quick" in COMMANDS
-    out = tmp_path / "quick"
-    (out / "quick_images").mkdir(parents=True)  # an earlier --quick was interrupted here
-    (out / "checkpoint.pt").write_text("half a file")
-    train_inat.main(["--quick", "--out", str(out)])
-    files = {path.name for path in out.iterdir() if path.is_file()}
-    assert files == {"checkpoint.pt", "encoder.pt", "metrics.jsonl", "training.png",
-                     "prototypes.png", "lock"}
-
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_the_example_runs(code):
     """The loss in a training loop of one's own, with stand-ins for what the reader brings."""

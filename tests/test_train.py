@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,12 +278,11 @@ def test_an_unreadable_image_is_named_and_more_than_one_percent_end_the_run(spli
 def test_unreadable_images_have_no_features(tmp_path):
     folder = draw(tmp_path, (4, 4))
     (folder / "train/class0/002.jpg").write_text("no image")
-    training, _ = train_inat.find_images(folder)
-    args = train_inat.parse([*SMALL, "--data", str(folder), "--out", str(tmp_path / "out")])
+    (paths, labels), _ = train_inat.find_images(folder)
+    images = train_inat.Images(paths, train_inat.center_crop(16))
     encoder = pmsn.VisionTransformer(16, 8, 12, 1, 3)
-    features, labels = train_inat.extract(encoder, training, args, 0, 1)
+    features, labels = train_inat.extract(encoder, images, labels, 0, 0, 1)
     assert len(features) == 7 and labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    images = train_inat.Images(training[0], lambda image: image)
     replaced, index, readable = images[2]
     assert (index, readable) == (2, False) and torch.equal(replaced, images[3][0])
 
@@ -368,7 +368,8 @@ def test_shots_are_counted_on_training_images(monkeypatch):
     test_features[test_labels == 4] = torch.eye(5)[0]
     answers = iter([(features, labels), (test_features, test_labels)])
     monkeypatch.setattr(train_inat, "extract", lambda *_: next(answers))
-    found = train_inat.evaluate(None, None, None)
+    args, split = SimpleNamespace(image_size=16, workers=0), ([], None)
+    found = train_inat.evaluate(None, split, split, args)
     expected = {"all": 0.8, "many": 1.0, "medium": 1.0, "few": 0.5}
     for method in ("knn", "linear"):
         for name, value in expected.items():

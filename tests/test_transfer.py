@@ -1,0 +1,224 @@
+"""extras/transfer.py: official layouts in miniature, classifiers against scikit-learn, a run."""
+
+import hashlib
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "extras"))
+
+import pmsn
+import transfer
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+def draw_clevr(folder, distances):
+    """`distances` of the objects of every scene. An object has more entries in a real file."""
+    for split, scenes in distances.items():
+        content = []
+        for i, scene in enumerate(scenes):
+            name = f"CLEVR_{split}_{i:06}.png"
+            objects = [{"pixel_coords": [240, 160, z], "shape": "cube"} for z in scene]
+            content.append({"image_filename": name, "split": split, "objects": objects})
+            path = folder / "images" / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (48, 32), (40 * i, 80, 120)).save(path)
+        write(folder / "scenes" / f"CLEVR_{split}_scenes.json", json.dumps({"scenes": content}))
+    return folder
+
+# ---- Tasks ---------------------------------------------------------------------------------------
+def test_clevr_by_hand(tmp_path):
+    """VTAB's bins begin at 0, 8, 8.5, 9, 9.5 and 10. The closest object counts."""
+    nearest = [7.99, 8.0, 8.01, 8.7, 9.2, 9.9, 10.1]
+    scenes = [[z, *[z + 1] * (2 + i)] for i, z in enumerate(nearest)]  # 3 to 9 objects
+    draw_clevr(tmp_path, {"train": scenes, "val": scenes[::-1]})
+    (paths, counts), (test_paths, _) = transfer.TASKS["clevr_count"][0](tmp_path)
+    assert counts.tolist() == [0, 1, 2, 3, 4, 5, 6] and all(Path(path).exists() for path in paths)
+    assert {Path(path).parent.name for path in test_paths} == {"val"}
+    (_, distances), (_, test_distances) = transfer.TASKS["clevr_dist"][0](tmp_path)
+    assert distances.tolist() == [0, 0, 1, 2, 3, 4, 5] == test_distances.tolist()[::-1]
+
+def test_kitti_by_hand(tmp_path):
+    """Twenty videos of three images, in a random order. Two videos are the test."""
+    objects = {  # type, truncated, occluded, alpha, box (4), size (3), x, y, z, rotation
+        0: "Car 0.00 0 -1.58 587 173 614 200 1.65 1.67 3.64 -0.65 1.71 46.70 -1.59\n"
+           "Van 0.00 0 -1.58 587 173 614 200 1.65 1.67 3.64 -0.65 1.71 7.50 -1.59\n",
+        1: "Pedestrian 0.00 0 -0.2 712 143 810 307 1.89 0.48 1.20 1.84 1.47 5.41 0.01\n"
+           "Truck 0.00 0 -1.57 599 156 629 189 2.85 2.63 12.34 0.47 1.49 19.44 -1.56\n",
+        2: "Car 0.88 3 -0.69 0 192 402 374 1.60 1.57 3.23 -2.70 1.74 60.68 -1.29\n",
+        3: "DontCare -1 -1 -10 503 169 590 190 -1 -1 -1 -1000 -1000 -1000 -10\n"}
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    lines = [f"2011_09_26 2011_09_26_drive_{i // 3:04}_sync {i:010}" for i in range(60)]
+    write(tmp_path / "mapping/train_mapping.txt", "\n".join(lines) + "\n")
+    write(tmp_path / "mapping/train_rand.txt", ",".join(str(i + 1) for i in order) + "\n")
+    for i in range(60):
+        write(tmp_path / f"training/label_2/{i:06}.txt", objects[i % 4])
+    splits = transfer.TASKS["kitti_dist"][0](tmp_path)
+    for paths, labels in splits:
+        assert labels.tolist() == [int(Path(path).stem) % 4 for path in paths]
+    np.random.seed(123)  # as TensorFlow Datasets chooses the videos
+    videos = [f"2011_09_26_drive_{i:04}_sync" for i in range(20)]
+    chosen = np.random.choice(videos, 2, replace=False)
+    expected = [i for i in range(60) if lines[order[i]].split()[1] in chosen]
+    assert [int(Path(path).stem) for path in splits[1][0]] == expected and len(expected) == 6
+    assert len(splits[0][0]) == 54
+
+def test_cifar100_in_the_python_version(tmp_path, monkeypatch):
+    folder, pixels = tmp_path / "cifar-100-python", np.arange(3072, dtype=np.uint8)
+    folder.mkdir()
+    contents = {"train": {"data": np.stack([pixels, 255 - pixels]), "fine_labels": [7, 99]},
+                "test": {"data": pixels[None], "fine_labels": [3]},
+                "meta": {"fine_label_names": [str(i) for i in range(100)]}}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    sums = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+    for attribute, name in (("train_list", "train"), ("test_list", "test")):
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, attribute, [[name, sums[name]]])
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", meta)
+    (images, labels), (_, test_labels) = transfer.read_cifar100(tmp_path)
+    assert labels.tolist() == [7, 99] and test_labels.tolist() == [3]
+    image, index, readable = transfer.InMemory(images, lambda image: image)[1]
+    assert (index, readable) == (1, True)
+    np.testing.assert_array_equal(image.numpy(), 255 - pixels.reshape(3, 32, 32))
+
+# ---- Encoders ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("wrap, head", [
+    (lambda state: state, "head.weight"),
+    (lambda state: {"target_encoder": {f"module.{k}": x for k, x in state.items()}, "epoch": 3},
+     "fc.fc1.weight")], ids=["timm", "MSN"])
+def test_weights_of_timm_and_msn(wrap, head, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is the oracle here")
+    oracle = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0).eval()
+    torch.save(wrap({**oracle.state_dict(), head: torch.zeros(5, 192)}), tmp_path / "weights.pth")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = transfer.load_encoder(tmp_path / "weights.pth")
+    torch.testing.assert_close(encoder(images), oracle(images), atol=1e-5, rtol=1e-5)
+    other = transfer.random_encoder(encoder, 0)
+    assert other(images).shape == (2, 192) and not torch.equal(other(images), encoder(images))
+
+# ---- Classifiers ---------------------------------------------------------------------------------
+def groups_of_features(count):
+    """Features (count, 16) of 5 classes that overlap, and their labels."""
+    generator = torch.Generator().manual_seed(1)
+    centers, noise = torch.randn(5 + count, 16, generator=generator).split([5, count])
+    labels = torch.arange(count) % 5
+    return centers[labels] + 1.5 * noise, labels
+
+def test_classifiers_equal_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the oracle")
+    features, labels = groups_of_features(3000)
+    x, y, test_x, test_y = features[:1000], labels[:1000], features[1000:], labels[1000:]
+    oracle = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(x, y)
+    predicted = transfer.probe(x, y, test_x, seed=0)
+    accuracy = (predicted == test_y).double().mean()
+    assert accuracy.item() == pytest.approx(oracle.score(test_x, test_y), abs=0.01)
+    x = x[:60]
+    unit_x, unit_test = [z - z.mean(axis=1, keepdims=True) for z in (x.numpy(), test_x.numpy())]
+    unit_x, unit_test = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in (unit_x, unit_test)]
+    oracle = linear_model.LogisticRegression(C=1 / 0.0025, fit_intercept=False, max_iter=10_000,
+                                             tol=1e-8).fit(unit_x, y[:60])
+    predicted = transfer.logistic_regression(x, y[:60], test_x)
+    assert (predicted.numpy() == oracle.predict(unit_test)).mean() > 0.99
+
+def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
+    """The best value on the held-out fifth is taken. No test image takes part in the choice."""
+    features, labels = torch.arange(50.0)[:, None], torch.zeros(50, dtype=torch.long)
+    calls = []
+
+    def linear_probe(x, y, test_x, seed, penalty):
+        calls.append((penalty, {*x[:, 0].tolist()}, {*test_x[:, 0].tolist()}))
+        wrong = abs(transfer.PENALTIES.index(penalty) - 1)
+        return torch.full((len(test_x),), wrong)
+    monkeypatch.setattr(pmsn, "linear_probe", linear_probe)
+    transfer.probe(features, labels, features + 1000, seed=0)
+    *choices, final = calls
+    assert [call[0] for call in choices] == list(transfer.PENALTIES)
+    for _, kept, held_out in choices:
+        assert len(kept) == 40 and len(held_out) == 10 and kept | held_out == {*range(50)}
+    assert final[0] == transfer.PENALTIES[1] and len(final[1]) == 50 and min(final[2]) == 1000
+
+def test_shots_are_stratified_and_reproducible():
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 50)
+    one, again, other = (transfer.draw_shots(labels, 5, seed) for seed in (1, 1, 2))
+    assert torch.bincount(labels[one]).tolist() == [5, 3, 5] and len(one.unique()) == 13
+    assert torch.equal(one, again) and set(one.tolist()) != set(other.tolist())
+
+def test_scores_and_differences_by_hand():
+    labels = torch.tensor([0] * 150 + [1] * 10)
+    test_labels = torch.tensor([0, 0, 0, 1])
+    first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
+    found = transfer.score([first, second], test_labels, labels)
+    assert found == pytest.approx({"all": 50, "many": 50, "few": 50, "class": (5 / 6 + 1 / 6) * 50,
+                                   "std": 100 * 0.5**1.5})
+    # Per image the differences are 0, 1, 0, 1: the mean is 1/2 and the variance is 1/3.
+    mean, error = transfer.compare([first], [second], test_labels)
+    assert (mean, error) == pytest.approx((50, 100 * (1 / 3) ** 0.5 / 2))
+    balanced = transfer.score([first], test_labels, torch.arange(300) % 2)
+    assert balanced.keys() == {"all", "class"}
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
+    """It starts with train_inat.py --quick, which starts anew after an interrupted run."""
+    folder = tmp_path / "train_inat"
+    (folder / "quick_images").mkdir(parents=True)
+    write(folder / "checkpoint.pt", "half a file")
+    transfer.main(["--quick", "--out", str(tmp_path)])
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {
+        "checkpoint.pt", "encoder.pt", "metrics.jsonl", "training.png", "prototypes.png", "lock"}
+    assert min(Image.open(tmp_path / "transfer.png").size) > 300
+    content = json.loads((tmp_path / "transfer.json").read_text())
+    results, differences = content["results"], content["differences"]
+    classifiers = ["linear", "k-NN", "1 shots", "5 shots"]
+    assert [row["classifier"] for row in results[::2]] == classifiers
+    assert ["std" in row for row in results[::2]] == [False, False, True, True]
+    for first, second, difference in zip(results[::2], results[1::2], differences, strict=True):
+        assert (first["encoder"], second["encoder"]) == (str(folder / "encoder.pt"), "random")
+        assert difference["mean"] == pytest.approx(first["all"] - second["all"])
+    # Another run reads the features. It needs no network and no images, and finds the same.
+    monkeypatch.setattr(pmsn.VisionTransformer, "forward", None)
+    capsys.readouterr()
+    transfer.main(["--encoder", str(folder / "encoder.pt"), "--task", "folder", "--data",
+                   str(folder / "quick_images"), "--out", str(tmp_path)])
+    again = json.loads((tmp_path / "transfer.json").read_text())
+    assert again["results"] == results[:3:2] and not again["differences"]
+    assert f"folder      linear     {results[0]['all']:11.2f}" in capsys.readouterr().out
+
+def test_clevr_computes_features_once_for_both_tasks_and_sees_whole_images(tmp_path, monkeypatch):
+    draw_clevr(tmp_path, {"train": [[7, 9, 9], [9, 9, 9, 9]] * 5, "val": [[7, 9, 9]] * 4})
+    sizes, forward = [], pmsn.VisionTransformer.forward
+    monkeypatch.setattr(pmsn.VisionTransformer, "forward", lambda self, images: (
+        sizes.append(images.shape), forward(self, images))[1])
+    torch.save(pmsn.VisionTransformer(16, 8, 12, 1, 3).state_dict(), tmp_path / "encoder.pt")
+    transfer.main(["--encoder", str(tmp_path / "encoder.pt"), "--task", "clevr_count",
+                   "clevr_dist", "--data", str(tmp_path), str(tmp_path), "--out",
+                   str(tmp_path / "out"), "--workers", "0"])
+    assert sizes == [(10, 3, 16, 16), (4, 3, 16, 16)]
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--encoder", "random", "--task", "folder"], "one --data per --task"),
+    (["--encoder", "/nowhere", "--task", "folder", "--data", "EMPTY"], "--encoder /nowhere has no"),
+    (["--encoder", __file__, "--task", "folder", "--data", "EMPTY"], "no weights of a vision"),
+    *[(["--encoder", "random", "--task", task, "--data", "EMPTY"], transfer.TASKS[task][1])
+      for task in transfer.TASKS]])
+def test_bad_input_is_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
+    def no_network(*arguments, **options):
+        raise RuntimeError("no\nnetwork")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SystemExit, match="^2$"):
+        transfer.main([*[str(empty) if word == "EMPTY" else word for word in arguments],
+                       "--out", str(tmp_path / "out")])
+    _, line = capsys.readouterr().err.split("error: ", 1)
+    assert message in line and line.count("\n") == 1
