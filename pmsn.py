@@ -438,7 +438,7 @@ def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
 
 @torch.enable_grad()
 def linear_probe(features, labels, test_features, seed=0, penalty=0.0):
-    """Classes (Q,) by softmax regression on whitened features, at least 1000 steps of AdamW."""
+    """Classes (Q,) by softmax regression on whitened features, at least 1000 steps of Adam."""
     std, mean = torch.std_mean(features, dim=0)
     features, test_features = [(x - mean) / (std + 1e-6) for x in (features, test_features)]
     # Without whitening, the steps are too few for directions in which features hardly vary.
@@ -447,7 +447,7 @@ def linear_probe(features, labels, test_features, seed=0, penalty=0.0):
     features, test_features = features @ whiten, test_features @ whiten
     weight = features.new_zeros(features.shape[1], int(labels.max()) + 1, requires_grad=True)
     bias = weight.new_zeros(weight.shape[1], requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias])
+    optimizer = torch.optim.Adam([weight, bias])
     generator = torch.Generator().manual_seed(seed)
     steps = max(1000, 30 * len(features) // 256)
     for step in range(steps):

@@ -74,15 +74,15 @@ def decode(path):
 class Images(Dataset):
     """Items (transformed image, index, readable). The next image replaces an unreadable one."""
 
-    def __init__(self, paths, transform):
+    def __init__(self, paths, transform, read=decode):
         self.paths = np.array(paths)  # Workers share an array, but they would copy a list.
-        self.transform = transform
+        self.transform, self.read = transform, read
 
     def __getitem__(self, index):
         for shift in range(min(100, len(self.paths))):
             path = str(self.paths[(index + shift) % len(self.paths)])
             try:
-                return self.transform(decode(path)), index, shift == 0
+                return self.transform(self.read(path)), index, shift == 0
             except Exception as error:  # A damaged file leads to many kinds of errors.
                 reason = f"{path}: {error}"
         raise OSError(f"no image can be read, for example {reason}")
@@ -122,8 +122,7 @@ def schedules(args, steps_per_epoch):
 
 # ---- Evaluation of the frozen target encoder -----------------------------------------------------
 def center_crop(size):
-    resize = v2.Resize(round(size * 256 / 224), antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(size)])
+    return v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
 @torch.no_grad()
 def extract(encoder, images, labels, workers, rank, world_size, watch=iter):
@@ -148,12 +147,12 @@ def extract(encoder, images, labels, workers, rank, world_size, watch=iter):
     indices, order = indices.sort()  # the same order for any number of processes
     return features[order].to(device), labels[indices].to(device)
 
-def accuracies(name, predicted, test_labels, labels):
+def accuracies(predicted, test_labels, labels):
     """Accuracy on all classes, and on those with many, medium and few training images."""
     counts = torch.bincount(labels, minlength=int(test_labels.max()) + 1)[test_labels]
     groups = {"all": counts >= 0, "many": counts > 100, "few": counts < 20}
     groups["medium"] = ~(groups["many"] | groups["few"])
-    return {f"{name}_{group}": (predicted == test_labels)[chosen].double().mean().item()
+    return {group: (predicted == test_labels)[chosen].double().mean().item()
             for group, chosen in groups.items() if chosen.any()}
 
 def evaluate(encoder, training, validation, args, *ranks):
@@ -163,8 +162,9 @@ def evaluate(encoder, training, validation, args, *ranks):
         for paths, labels in (training, validation)]
     knn = pmsn.knn_predictions(features, labels, test_features, min(20, len(features)))
     linear = pmsn.linear_probe(features, labels, test_features)
-    found = accuracies("knn", knn, test_labels, labels)
-    return found | accuracies("linear", linear, test_labels, labels)
+    return {f"{classifier}_{group}": accuracy
+            for classifier, predicted in (("knn", knn), ("linear", linear))
+            for group, accuracy in accuracies(predicted, test_labels, labels).items()}
 
 # ---- Checkpoints and figures ---------------------------------------------------------------------
 def fail(message):

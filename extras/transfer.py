@@ -7,20 +7,19 @@
     python extras/transfer.py --quick                     # tiny, after train_inat.py --quick
 
 An encoder is encoder.pt of train_inat.py, a checkpoint of MSN, weights of a vision transformer of
-timm, or `random`: untrained weights in the shape of the first encoder. Every --task needs one
-folder in --data, as the authors of the data set distribute it (see TASKS below):
+timm that expect the mean and the standard deviation of ImageNet, or `random`: untrained weights in
+the shape of the last of these. Every --task needs one folder in --data (see TASKS below):
 
-    folder        classes of ImageNet, Places205, or your own images
-    inat18        species of iNaturalist 2018
+    folder        classes of ImageNet, Places205, or your own images (inat18: of iNaturalist 2018)
     cifar100      classes of CIFAR-100
     clevr_count   CLEVR: the number of objects, from 3 to 10
     clevr_dist    CLEVR: the distance of the closest object, in six bins
     kitti_dist    KITTI: the distance of the closest vehicle, in three bins, or no vehicle
 
 Each encoder and task gets a linear probe, a k-NN classifier, and with --shots k a logistic
-regression on k images per class, as in MSN. If there are several encoders, the first two are
-compared. Run `pip install -e .` first. --out gets transfer.json, transfer.png (only for several
-encoders), and the features, which are not computed again for other tasks with the same images.
+regression on k images per class. If there are several encoders, the first two are compared. Run
+`pip install -e .` first. --out gets transfer.json, transfer.png (only for several encoders), and
+the features, which are not computed again for the same weights and images.
 """
 
 import argparse
@@ -35,30 +34,36 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import pmsn
 import train_inat
 from train_inat import number
 
+NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of features of this dimension
 PENALTIES = (0.0, 1e-4, 1e-3, 1e-2)  # of the linear probe
-DRAWS = 3  # of the images for --shots
+DRAWS = 3  # random choices of the images for --shots
 
-# ---- Tasks: (training, test), each with a list of images and labels (n,) -------------------------
+# ---- Tasks: training and test images. Each has a list of files and labels (n,) -------------------
 def read_classes(data):
-    """ImageNet, Places205, iNat18: the classes of the data set itself."""
+    """The classes of the data set itself: ImageNet, Places205, iNat18."""
     training, test = train_inat.find_images(data)
     if test is None:
         raise ValueError("there are no validation images")
     return training, test
 
 def read_cifar100(data):
-    splits = [torchvision.datasets.CIFAR100(data, train, download=True) for train in (True, False)]
+    download = int(os.environ.get("WORLD_SIZE", 1)) == 1  # Several processes would collide.
+    splits = [torchvision.datasets.CIFAR100(data, train, download=download)
+              for train in (True, False)]
     return [(split, torch.tensor(split.targets)) for split in splits]
+
+def read_item(dataset, index):
+    """An image of such a data set, uint8 (3, H, W)."""
+    image, _ = dataset[int(index)]
+    return v2.functional.pil_to_tensor(image)
 
 def read_clevr(data, label_of):
     """Labels of the Visual Task Adaptation Benchmark (VTAB, Zhai et al., 2019).
@@ -72,126 +77,114 @@ def read_clevr(data, label_of):
         splits.append((paths, torch.tensor([label_of(scene["objects"]) for scene in scenes])))
     return splits
 
-def clevr_count(objects):
-    return len(objects) - 3
-
 def clevr_dist(objects):
     distance = min(shape["pixel_coords"][2] for shape in objects)
-    return int(np.searchsorted((8.0, 8.5, 9.0, 9.5, 10.0), distance))
+    return int(np.searchsorted((8.0, 8.5, 9.0, 9.5, 10.0), distance))  # how many are smaller
 
 def read_kitti(data):
-    """Labels of VTAB. Only the training images have labels, so a tenth of the videos is the test.
+    """Labels of VTAB. Only KITTI's training images have labels: a tenth of its videos is the test.
 
-    The choice of these videos is the one of TensorFlow Datasets, which VTAB uses. VTAB's other
-    two splits (training, validation) are one here. Was this the split of the paper too? (?)
+    These are the test videos of TensorFlow Datasets, from which VTAB reads. We do not know the
+    test images of the paper (?). Those of VISSL are random frames, which makes the task easier.
     """
-    lines = (data / "mapping" / "train_mapping.txt").read_text().splitlines()
-    order = (data / "mapping" / "train_rand.txt").read_text().split(",")
-    videos = np.array([lines[int(line) - 1].split()[1] for line in order])  # of every image
-    names = np.unique(videos)
-    chosen = np.random.RandomState(123).choice(names, max(1, len(names) // 10), replace=False)
-    splits = [], []
-    for i, is_test in enumerate(np.isin(videos, chosen)):
+    mapping = (data / "mapping" / "train_mapping.txt").read_text().splitlines()
+    row_of_image = (data / "mapping" / "train_rand.txt").read_text().split(",")
+    videos = np.array([mapping[int(row) - 1].split()[1] for row in row_of_image])
+    all_videos = np.unique(videos)
+    random = np.random.RandomState(123)  # the seed of TensorFlow Datasets
+    test_videos = random.choice(all_videos, len(all_videos) // 10, replace=False)
+    training, test = ([], []), ([], [])
+    for i, video in enumerate(videos):
         objects = (data / "training" / "label_2" / f"{i:06}.txt").read_text()
-        path = data / "training" / "image_2" / f"{i:06}.png"
-        splits[int(is_test)].append((str(path), kitti_dist(objects)))
-    return [(paths, torch.tensor(labels)) for paths, labels in (zip(*split) for split in splits)]
+        paths, labels = test if video in test_videos else training
+        paths.append(str(data / "training" / "image_2" / f"{i:06}.png"))
+        labels.append(kitti_dist(objects))
+    return [(paths, torch.tensor(labels)) for paths, labels in (training, test)]
 
 def kitti_dist(objects):
-    """0 to 2: the closest vehicle is nearer than 8 m, 20 m, or farther. 3: there is no vehicle."""
+    """0: the closest vehicle is at most 8 m away. 1: at most 20 m. 2: farther. 3: no vehicle."""
     distances = [1000.0]
     for line in objects.splitlines():
-        kind, *values = line.split()
-        if kind in ("Car", "Van", "Truck"):
-            distances.append(float(values[12]))  # z, along the axis of the camera, in meters
+        words = line.split()
+        if words[0] in ("Car", "Van", "Truck"):
+            distances.append(float(words[13]))  # z in meters, along the axis of the camera
     return int(np.searchsorted((8.0, 20.0, 999.0), min(distances)))
 
 # How a task is read, and what its folder must have.
 CLEVR = "images/ and scenes/ of CLEVR_v1.0"
 TASKS = {
-    "folder": (read_classes, "train/<class>/ and val/<class>/"),
+    "folder": (read_classes, "train/<class>/*.jpg and val/<class>/*.jpg"),
     "inat18": (read_classes, "train2018.json, val2018.json and train_val2018/"),
-    "cifar100": (read_cifar100, "cifar-100-python/, or nothing, for a download"),
-    "clevr_count": (functools.partial(read_clevr, label_of=clevr_count), CLEVR),
-    "clevr_dist": (functools.partial(read_clevr, label_of=clevr_dist), CLEVR),
+    "cifar100": (read_cifar100, "cifar-100-python/ (one process downloads it)"),
+    "clevr_count": (lambda data: read_clevr(data, lambda objects: len(objects) - 3), CLEVR),
+    "clevr_dist": (lambda data: read_clevr(data, clevr_dist), CLEVR),
     "kitti_dist": (read_kitti, "training/image_2/, training/label_2/, and mapping/ of the devkit"),
 }
-# As in VTAB, these images are resized as a whole: a crop would lose objects.
-WHOLE_IMAGES = ("clevr_count", "clevr_dist", "kitti_dist")
 
-class InMemory(Dataset):
-    """Items (transformed image, index, readable) of a data set of torchvision."""
-    def __init__(self, dataset, transform):
-        self.dataset, self.transform = dataset, transform
-        self.paths = [f"{dataset} {i}" for i in range(len(dataset))]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        image, _ = self.dataset[index]
-        return self.transform(v2.functional.pil_to_tensor(image)), index, True
-
-# ---- Encoders ------------------------------------------------------------------------------------
+# ---- Encoders and their features -----------------------------------------------------------------
 def load_encoder(path):
     """A vision transformer with the weights of a file. Its shape follows from the weights."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = state.get("target_encoder", state)  # of a checkpoint of MSN
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
-    # Heads are not part of the encoder: "fc." in MSN, "head." in timm.
-    state = {name: weight for name, weight in state.items() if name[:3] not in ("fc.", "hea")}
+    heads = ("fc.", "pred.", "head.")  # the first two of MSN, the last one of timm
+    state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    grid = math.isqrt(state["pos_embed"].shape[1])
+    grid = math.isqrt(state["pos_embed"].shape[1])  # There is one more, for CLS.
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    num_heads = 3 if dim <= 192 else dim // 64  # weights do not tell it
-    encoder = pmsn.VisionTransformer(grid * patch_size, patch_size, dim, depth, num_heads)
+    encoder = pmsn.VisionTransformer(grid * patch_size, patch_size, dim, depth, NUM_HEADS[dim])
     encoder.load_state_dict(state)
     return encoder
 
 def random_encoder(like, seed):
     """Untrained weights in the shape of another encoder."""
     torch.manual_seed(seed)
-    image_size, dim = like.grid[0] * like.patch_size, like.embed_dim
-    num_heads, depth = like.blocks[0].attn.num_heads, len(like.blocks)
-    return pmsn.VisionTransformer(image_size, like.patch_size, dim, depth, num_heads)
+    depth, num_heads = len(like.blocks), like.blocks[0].attn.num_heads
+    return pmsn.VisionTransformer(like.grid[0] * like.patch_size, like.patch_size, like.embed_dim,
+                                  depth, num_heads)
 
-def features_of(encoder, images, whole, args, title):
-    """Features (n, d) and indices (n,) of the readable images, from --out if they are there."""
+def prepare(encoder, images, task, out, name):
+    """The data set of an encoder, and the file in which its features are kept."""
     size = encoder.grid[0] * encoder.patch_size
+    # As in VTAB, these images are resized as a whole. A crop would lose objects.
+    whole = task in ("clevr_count", "clevr_dist", "kitti_dist")
     transform = v2.Resize((size, size), antialias=True) if whole else train_inat.center_crop(size)
-    kind = train_inat.Images if isinstance(images, (list, tuple)) else InMemory
-    images = kind(images, transform)
-    # The name of the file depends on weights, image files and size.
-    name = hashlib.sha1(repr((whole, list(images.paths))).encode())
+    if task == "cifar100":
+        read = functools.partial(read_item, images)
+        dataset = train_inat.Images(range(len(images)), transform, read)
+    else:
+        dataset = train_inat.Images(images, transform)
+    # Other weights, images or crops, or another precision (bfloat16 on GPUs) get another file.
+    content = hashlib.sha1(repr((whole, torch.cuda.is_available())).encode())
+    content.update("\n".join(map(str, dataset.paths)).encode())
     for weight in encoder.state_dict().values():
-        name.update(weight.cpu().numpy().tobytes())
-    path = args.out / f"features_{name.hexdigest()[:16]}.pt"
-    is_there = [path.exists()]
-    if args.world_size > 1:
-        dist.broadcast_object_list(is_there)  # All processes do what the first one does.
-    if is_there[0]:
-        return torch.load(path, map_location=encoder.cls_token.device)
-    indices = torch.arange(len(images.paths))
-    found = train_inat.extract(encoder, images, indices, args.workers, args.rank, args.world_size,
-                               functools.partial(progress, title=title))
+        content.update(weight.cpu().numpy().tobytes())
+    return dataset, out / f"{name}_{content.hexdigest()[:12]}.pt"
+
+def compute(encoder, dataset, path, args, title):
+    """Write the features (n, d) of all readable images, and the indices (n,) of these images."""
+    # In place of labels, `extract` gets the indices, so it returns those of readable images.
+    indices = torch.arange(len(dataset.paths))
+    watch = functools.partial(progress, title=title) if args.rank == 0 else iter
+    found = train_inat.extract(encoder, dataset, indices, args.workers, args.rank, args.world_size,
+                               watch)
     if args.rank == 0:
-        torch.save(found, args.out / "temporary")
-        os.replace(args.out / "temporary", path)
-    return found
+        temporary = path.with_suffix(".temporary")
+        torch.save(found, temporary)
+        os.replace(temporary, path)
 
 def progress(loader, title):
     """The batches of the loader. Prints how many are done, and the time that is left."""
-    began = shown = time.time()
+    began = time.time()
     for i, batch in enumerate(loader, start=1):
         yield batch
-        if i == len(loader) or time.time() - shown > 10:
-            shown = time.time()
-            left = (shown - began) * (len(loader) / i - 1)
+        if i % 20 == 0 or i == len(loader):
+            left = (time.time() - began) * (len(loader) / i - 1)
             print(f"{title}: {i:>6} of {len(loader)} batches {left:>7.0f}s left", flush=True)
 
-# ---- Classifiers on frozen features (N, d): -> classes (Q,) of test features (Q, d) --------------
+# ---- Classifiers: features (N, d), labels (N,), test features (Q, d) -> classes (Q,) -------------
 def probe(features, labels, test_features, seed):
-    """The linear probe. A fifth of the training images chooses its penalty."""
+    """The linear probe, and its penalty: the best one for a fifth of the training images."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order.tensor_split([len(order) // 5])
 
@@ -200,18 +193,21 @@ def probe(features, labels, test_features, seed):
                                       penalty)
         return (predicted == labels[held_out]).float().mean()
     penalty = max(PENALTIES, key=accuracy)
-    return pmsn.linear_probe(features, labels, test_features, seed, penalty)
+    # The probe that is tested learns from all training images.
+    return pmsn.linear_probe(features, labels, test_features, seed, penalty), penalty
 
 def draw_shots(labels, shots, seed):
     """Indices of `shots` random images per class, or of all images of a smaller class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order.to(labels.device)
-    return torch.cat([order[labels[order] == c][:shots] for c in labels.unique()])
+    shuffled = labels[order]
+    return torch.cat([order[shuffled == c][:shots] for c in labels.unique()])
 
 def logistic_regression(features, labels, test_features, penalty=0.0025):
     """The low-shot classifier of MSN: minimizes sum(CE) + penalty / 2 * |W|^2, without a bias.
 
-    As there, each feature vector is centered and gets unit length.
+    As there, each feature vector is centered and gets unit length. MSN takes features before the
+    last LayerNorm, and we take them after it, as in all our evaluations.
     """
     features, test_features = [F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
                                for x in (features, test_features)]
@@ -227,58 +223,58 @@ def logistic_regression(features, labels, test_features, penalty=0.0025):
     optimizer.step(closure)
     return (test_features @ weight).argmax(dim=1)
 
-def predict(training, test, args):
-    """{classifier: one or more predictions (Q,)}."""
-    (features, labels), (test_features, _) = training, test
-    found = {"linear": [probe(features, labels, test_features, args.seed)],
-             "k-NN": [pmsn.knn_predictions(features, labels, test_features,
-                                           min(20, len(features)))]}
+def predict(features, labels, test_features, args):
+    """{classifier: predictions (draws, Q)}, with one draw except for --shots. And the penalty."""
+    linear, penalty = probe(features, labels, test_features, args.seed)
+    knn = pmsn.knn_predictions(features, labels, test_features, min(20, len(features)))
+    found = {"linear": linear[None], "k-NN": knn[None]}
     for shots in args.shots:
-        found[f"{shots} shots"] = []
+        draws = []
         for draw in range(DRAWS):
             chosen = draw_shots(labels, shots, DRAWS * args.seed + draw)
-            found[f"{shots} shots"].append(
-                logistic_regression(features[chosen], labels[chosen], test_features))
-    return found
+            draws.append(logistic_regression(features[chosen], labels[chosen], test_features))
+        found[f"{shots}-shot"] = torch.stack(draws)
+    return found, penalty
 
 # ---- Results -------------------------------------------------------------------------------------
 def score(predictions, test_labels, labels):
-    """Accuracies in percent: means over the predictions, and their spread."""
-    found = []
+    """Accuracies in percent: means over the draws (draws, Q), and the spread of "all"."""
+    rows = []
     for predicted in predictions:
-        accuracies = train_inat.accuracies("on", predicted, test_labels, labels)
-        if len(accuracies) == 2:  # "all" and one group, which has all classes
-            accuracies = {"on_all": accuracies["on_all"]}
+        row = train_inat.accuracies(predicted, test_labels, labels)
+        if len(row) == 2:  # "all", and one group that has all classes
+            row = {"all": row["all"]}
         right = (predicted == test_labels).double()
         classes = [right[test_labels == c].mean().item() for c in test_labels.unique()]
-        found.append({**accuracies, "on_class": np.mean(classes)})
-    means = {name[3:]: 100 * np.mean([result[name] for result in found]) for name in found[0]}
-    if len(found) > 1:
-        means["std"] = 100 * np.std([result["on_all"] for result in found], ddof=1)
+        rows.append({**row, "class": np.mean(classes)})
+    means = {name: 100 * np.mean([row[name] for row in rows]) for name in rows[0]}
+    if len(rows) > 1:
+        means["std"] = 100 * np.std([row["all"] for row in rows], ddof=1)
     return means
 
 def compare(first, second, test_labels):
-    """Percent that the first encoder is better, and the standard error over the test images.
+    """By how many percent the first encoder is better, and the standard error of this number.
 
-    Both have the same test images, so the error is that of the difference per image.
+    Both have the same test images and draws, so it is the error of their difference (draws, Q).
     """
-    first, second = [torch.stack([(x == test_labels).double() for x in predictions]).mean(dim=0)
-                     for predictions in (first, second)]
-    difference = 100 * (first - second)
-    return difference.mean().item(), (difference.std() / math.sqrt(len(difference))).item()
+    difference = 100 * ((first == test_labels).double() - (second == test_labels).double())
+    variance = difference.mean(dim=0).var() / len(test_labels)
+    if len(difference) > 1:
+        variance = variance + difference.mean(dim=1).var() / len(difference)
+    return difference.mean().item(), variance.sqrt().item()
 
 def print_tables(results, differences):
     columns = "all class many medium few std".split()
-    print("\naccuracy in percent (class: mean over classes, std: over draws of shots)")
-    print(f"{'task':<12}{'classifier':<12}" + "".join(f"{x:>10}" for x in columns) + "  encoder")
+    print("\naccuracy in percent (class: mean over the classes, std: over draws of the shots)")
+    print(f"{'task':<24}{'classifier':<10}" + "".join(f"{x:>9}" for x in columns) + "  encoder")
     for row in results:
         cells = [f"{row[x]:.2f}" if x in row else "" for x in columns]
-        print(f"{row['task']:<12}{row['classifier']:<12}" + "".join(f"{x:>10}" for x in cells)
+        print(f"{row['task']:<24}{row['classifier']:<10}" + "".join(f"{x:>9}" for x in cells)
               + f"  {row['encoder']}")
     if differences:
-        print("\nfirst encoder - second encoder (± standard error over the test images)")
+        print("\nfirst encoder - second encoder (± standard error)")
     for row in differences:
-        print(f"{row['task']:<12}{row['classifier']:<12}{row['mean']:>+10.2f} ± "
+        print(f"{row['task']:<24}{row['classifier']:<10}{row['mean']:>+9.2f} ± "
               f"{row['standard_error']:.2f}")
 
 def plot(differences, encoders, path):
@@ -287,11 +283,10 @@ def plot(differences, encoders, path):
     names = [f"{row['task']}, {row['classifier']}" for row in differences]
     means = np.array([row["mean"] for row in differences])
     errors = 2 * np.array([row["standard_error"] for row in differences])
-    colors = np.where(means > 0, "#2e86ab", "#d1495b")
-    ax.barh(names, means, xerr=errors, color=colors, capsize=3)
+    ax.barh(names, means, xerr=errors, color="#2e86ab", capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=1)
-    ax.set_xlabel("difference of the accuracies in percent, ± 2 standard errors over test images")
+    ax.set_xlabel("difference of accuracies in percent, with two standard errors")
     better, worse = (means > errors).sum(), (means < -errors).sum()
     figure.suptitle(f"{encoders[0]} is better in {better} and worse in {worse}\n"
                     f"of {len(means)} comparisons with {encoders[1]}")
@@ -299,7 +294,9 @@ def plot(differences, encoders, path):
 
 # ---- Command line --------------------------------------------------------------------------------
 def parse(argv):
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The arguments, {name: encoder} and [(name, task, folder, training, test)] of all tasks."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--encoder", nargs="+", default=[], help="files of weights, or random")
     add("--task", nargs="+", default=[], choices=TASKS, help="what the features are tested on")
@@ -314,74 +311,90 @@ def parse(argv):
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.quick:
-            folder = args.out / "train_inat"
-            train_inat.main(["--quick", "--out", str(folder)])
-            args.encoder, args.task = [str(folder / "encoder.pt"), "random"], ["folder"]
-            args.data, args.shots, args.workers = [folder / "quick_images"], [1, 5], 0
     except OSError as error:
         parser.error(f"cannot write to --out: {error}")
+    if args.quick:
+        folder = args.out / "train_inat"
+        train_inat.main(["--quick", "--out", str(folder)])
+        args.encoder, args.task = [str(folder / "encoder.pt"), "random"], ["folder"]
+        args.data, args.shots, args.workers = [folder / "quick_images"], [1, 5], 0
     if not args.encoder or not args.task or len(args.task) != len(args.data):
         parser.error("give at least one --encoder and one --task, and one --data per --task")
-    encoders = {}
+    names = [f"{task} {data.name}" if task == "folder" else task
+             for task, data in zip(args.task, args.data)]
+    if len({*names}) < len(names) or len({*args.encoder}) < len(args.encoder):
+        parser.error("the same --task, or folder of the same name, or --encoder, is given twice")
+    encoders, like, tasks = {}, pmsn.VisionTransformer(), []
     for name in args.encoder:
         try:
-            encoders[name] = None if name == "random" else load_encoder(name)
+            if name != "random":
+                encoders[name] = like = load_encoder(name)
         except Exception as error:  # whatever a wrong file can cause
             parser.error(f"--encoder {name} has no weights of a vision transformer: {error!r:.200}")
-    trained = [encoder for encoder in encoders.values() if encoder]
-    like = trained[0] if trained else pmsn.VisionTransformer()
-    encoders = {name: encoder or random_encoder(like, args.seed)
-                for name, encoder in encoders.items()}
-    splits = {}
-    for task, data in zip(args.task, args.data):
+    encoders = {name: encoders.get(name) or random_encoder(like, args.seed)
+                for name in args.encoder}
+    for name, task, data in zip(names, args.task, args.data):
+        read, layout = TASKS[task]
         try:
-            read, layout = TASKS[task]
-            splits[task] = read(data)
+            tasks.append((name, task, data, *read(data)))
         except Exception as error:  # whatever a wrong folder can cause
             parser.error(f"--data {data} must have {layout} for {task}: {error!r:.200}")
-    return args, encoders, splits
+    return args, encoders, tasks
 
 def main(argv=None):
-    args, encoders, splits = parse(argv)
+    args, encoders, tasks = parse(argv)
+    plt.switch_backend("Agg")  # needs no display
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if args.world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    # All processes compute the features that are missing. Two tasks can have the same features.
+    files, missing = {}, {}
+    for name, task, data, *splits in tasks:
+        for encoder_name, encoder in encoders.items():
+            for split, (images, _) in zip(("training", "test"), splits):
+                dataset, path = prepare(encoder, images, task, args.out, f"{data.name}_{split}")
+                files[name, encoder_name, split] = path
+                if not path.exists():
+                    missing[path] = encoder, dataset, f"{name}, {encoder_name}, {split} images"
+    for path, (encoder, dataset, title) in missing.items():
+        compute(encoder.to(device).eval(), dataset, path, args, title)
+    if args.world_size > 1:
+        torch.distributed.destroy_process_group()
+    if args.rank > 0:
+        return
+
     results, differences = [], []
-    for task, (training, test) in splits.items():
-        predictions = {}
-        for name, encoder in encoders.items():
-            encoder.to(device).eval()
-            found = []
-            for title, (images, labels) in (("training", training), ("test", test)):
-                features, indices = features_of(encoder, images, task in WHOLE_IMAGES, args,
-                                                f"{task}, {name}, {title} images")
-                found.append((features, labels.to(device)[indices]))
-            if args.rank == 0:
-                predictions[name] = predict(*found, args)
-        if args.rank > 0:
-            continue
-        labels, test_labels = found[0][1], found[1][1]
-        for classifier in predictions[name]:
-            both = [predictions[name][classifier] for name in encoders]
-            about = {"task": task, "classifier": classifier}
-            for name, predicted in zip(encoders, both):
-                scores = score(predicted, test_labels, labels)
-                results.append({**about, "encoder": name, **scores})
-            if len(both) > 1:
-                mean, error = compare(*both[:2], test_labels)
+    for name, _, _, (_, labels), (_, test_labels) in tasks:
+        answers = {}
+        for encoder_name in encoders:
+            (features, indices), (test_features, test_indices) = [
+                torch.load(files[name, encoder_name, split], map_location=device)
+                for split in ("training", "test")]
+            found, penalty = predict(features, labels.to(device)[indices], test_features, args)
+            print(f"{name}, {encoder_name}: the linear probe has the penalty {penalty:g}")
+            for classifier, predicted in found.items():
+                # An image that cannot be read counts as a wrong answer.
+                answer = torch.full((len(predicted), len(test_labels)), -1)
+                answer[:, test_indices.cpu()] = predicted.cpu()
+                answers.setdefault(classifier, []).append(answer)
+        for classifier, of_encoders in answers.items():
+            about = {"task": name, "classifier": classifier}
+            for encoder_name, answer in zip(encoders, of_encoders):
+                scores = score(answer, test_labels, labels)
+                results.append({**about, "encoder": encoder_name, **scores})
+            if len(encoders) > 1:
+                mean, error = compare(*of_encoders[:2], test_labels)
                 differences.append({**about, "mean": mean, "standard_error": error})
         content = {"config": {**vars(args), "torch": torch.__version__},
                    "results": results, "differences": differences}
         (args.out / "transfer.json").write_text(json.dumps(content, indent=1, default=str))
-    if args.rank == 0:
-        print_tables(results, differences)
-        if differences:
-            plot(differences, list(encoders), args.out / "transfer.png")
-        print(f"results and features are in {args.out}")
-    if args.world_size > 1:
-        dist.destroy_process_group()
+    print_tables(results, differences)
+    if differences:
+        plot(differences, list(encoders), args.out / "transfer.png")
+    print(f"results and features are in {args.out}")
 
 if __name__ == "__main__":
     main()

@@ -87,8 +87,7 @@ def test_cifar100_in_the_python_version(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", meta)
     (images, labels), (_, test_labels) = transfer.read_cifar100(tmp_path)
     assert labels.tolist() == [7, 99] and test_labels.tolist() == [3]
-    image, index, readable = transfer.InMemory(images, lambda image: image)[1]
-    assert (index, readable) == (1, True)
+    image = transfer.read_item(images, "1")
     np.testing.assert_array_equal(image.numpy(), 255 - pixels.reshape(3, 32, 32))
 
 # ---- Encoders ------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def test_classifiers_equal_scikit_learns():
     features, labels = groups_of_features(3000)
     x, y, test_x, test_y = features[:1000], labels[:1000], features[1000:], labels[1000:]
     oracle = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(x, y)
-    predicted = transfer.probe(x, y, test_x, seed=0)
+    predicted, _ = transfer.probe(x, y, test_x, seed=0)
     accuracy = (predicted == test_y).double().mean()
     assert accuracy.item() == pytest.approx(oracle.score(test_x, test_y), abs=0.01)
     x = x[:60]
@@ -141,12 +140,13 @@ def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
         wrong = abs(transfer.PENALTIES.index(penalty) - 1)
         return torch.full((len(test_x),), wrong)
     monkeypatch.setattr(pmsn, "linear_probe", linear_probe)
-    transfer.probe(features, labels, features + 1000, seed=0)
+    _, penalty = transfer.probe(features, labels, features + 1000, seed=0)
     *choices, final = calls
     assert [call[0] for call in choices] == list(transfer.PENALTIES)
     for _, kept, held_out in choices:
         assert len(kept) == 40 and len(held_out) == 10 and kept | held_out == {*range(50)}
-    assert final[0] == transfer.PENALTIES[1] and len(final[1]) == 50 and min(final[2]) == 1000
+    assert final[0] == penalty == transfer.PENALTIES[1]
+    assert len(final[1]) == 50 and min(final[2]) == 1000
 
 def test_shots_are_stratified_and_reproducible():
     labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 50)
@@ -158,13 +158,17 @@ def test_scores_and_differences_by_hand():
     labels = torch.tensor([0] * 150 + [1] * 10)
     test_labels = torch.tensor([0, 0, 0, 1])
     first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
-    found = transfer.score([first, second], test_labels, labels)
+    found = transfer.score(torch.stack([first, second]), test_labels, labels)
     assert found == pytest.approx({"all": 50, "many": 50, "few": 50, "class": (5 / 6 + 1 / 6) * 50,
                                    "std": 100 * 0.5**1.5})
     # Per image the differences are 0, 1, 0, 1: the mean is 1/2 and the variance is 1/3.
-    mean, error = transfer.compare([first], [second], test_labels)
-    assert (mean, error) == pytest.approx((50, 100 * (1 / 3) ** 0.5 / 2))
-    balanced = transfer.score([first], test_labels, torch.arange(300) % 2)
+    found = transfer.compare(first[None], second[None], test_labels)
+    assert found == pytest.approx((50, 100 * (1 / 3) ** 0.5 / 2))
+    # A second draw without a difference: means 1/2 and 0 of the draws, variance 1/8. Per image
+    # the mean differences are 0, 1/2, 0, 1/2, with a variance of 1/12.
+    found = transfer.compare(torch.stack([first, first]), torch.stack([second, first]), test_labels)
+    assert found == pytest.approx((25, 100 * (1 / 12 / 4 + 1 / 8 / 2) ** 0.5))
+    balanced = transfer.score(first[None], test_labels, torch.arange(300) % 2)
     assert balanced.keys() == {"all", "class"}
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
     assert min(Image.open(tmp_path / "transfer.png").size) > 300
     content = json.loads((tmp_path / "transfer.json").read_text())
     results, differences = content["results"], content["differences"]
-    classifiers = ["linear", "k-NN", "1 shots", "5 shots"]
+    classifiers = ["linear", "k-NN", "1-shot", "5-shot"]
     assert [row["classifier"] for row in results[::2]] == classifiers
     assert ["std" in row for row in results[::2]] == [False, False, True, True]
     for first, second, difference in zip(results[::2], results[1::2], differences, strict=True):
@@ -192,14 +196,14 @@ def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
                    str(folder / "quick_images"), "--out", str(tmp_path)])
     again = json.loads((tmp_path / "transfer.json").read_text())
     assert again["results"] == results[:3:2] and not again["differences"]
-    assert f"folder      linear     {results[0]['all']:11.2f}" in capsys.readouterr().out
+    assert f"folder quick_images     linear    {results[0]['all']:9.2f}" in capsys.readouterr().out
 
 def test_clevr_computes_features_once_for_both_tasks_and_sees_whole_images(tmp_path, monkeypatch):
     draw_clevr(tmp_path, {"train": [[7, 9, 9], [9, 9, 9, 9]] * 5, "val": [[7, 9, 9]] * 4})
     sizes, forward = [], pmsn.VisionTransformer.forward
     monkeypatch.setattr(pmsn.VisionTransformer, "forward", lambda self, images: (
         sizes.append(images.shape), forward(self, images))[1])
-    torch.save(pmsn.VisionTransformer(16, 8, 12, 1, 3).state_dict(), tmp_path / "encoder.pt")
+    torch.save(pmsn.VisionTransformer(16, 8, 96, 1, 3).state_dict(), tmp_path / "encoder.pt")
     transfer.main(["--encoder", str(tmp_path / "encoder.pt"), "--task", "clevr_count",
                    "clevr_dist", "--data", str(tmp_path), str(tmp_path), "--out",
                    str(tmp_path / "out"), "--workers", "0"])
@@ -207,6 +211,7 @@ def test_clevr_computes_features_once_for_both_tasks_and_sees_whole_images(tmp_p
 
 @pytest.mark.parametrize("arguments, message", [
     (["--encoder", "random", "--task", "folder"], "one --data per --task"),
+    (["--encoder", "random", "--task", "folder", "folder", "--data", "EMPTY", "EMPTY"], "twice"),
     (["--encoder", "/nowhere", "--task", "folder", "--data", "EMPTY"], "--encoder /nowhere has no"),
     (["--encoder", __file__, "--task", "folder", "--data", "EMPTY"], "no weights of a vision"),
     *[(["--encoder", "random", "--task", task, "--data", "EMPTY"], transfer.TASKS[task][1])
