@@ -22,7 +22,10 @@ def write(path, text):
     path.write_text(text)
 
 def draw_clevr(folder, distances):
-    """`distances` of the objects of every scene. An object has more entries in a real file."""
+    """Scenes with objects at these distances. The gray level is their number, the left is white.
+
+    Objects have more entries in the real files.
+    """
     for split, scenes in distances.items():
         content = []
         for i, scene in enumerate(scenes):
@@ -31,7 +34,9 @@ def draw_clevr(folder, distances):
             content.append({"image_filename": name, "split": split, "objects": objects})
             path = folder / "images" / split / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (48, 32), (40 * i, 80, 120)).save(path)
+            image = Image.new("RGB", (48, 32), (20 * len(scene),) * 3)
+            image.paste((255, 255, 255), (0, 0, 6, 32))
+            image.save(path)
         write(folder / "scenes" / f"CLEVR_{split}_scenes.json", json.dumps({"scenes": content}))
     return folder
 
@@ -199,15 +204,23 @@ def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
     assert f"folder quick_images     linear    {results[0]['all']:9.2f}" in capsys.readouterr().out
 
 def test_clevr_computes_features_once_for_both_tasks_and_sees_whole_images(tmp_path, monkeypatch):
-    draw_clevr(tmp_path, {"train": [[7, 9, 9], [9, 9, 9, 9]] * 5, "val": [[7, 9, 9]] * 4})
-    sizes, forward = [], pmsn.VisionTransformer.forward
+    """One of the four test images cannot be read, and counts as a wrong answer."""
+    few, many = [7, 9, 9], [9] * 10
+    draw_clevr(tmp_path, {"train": [few, many] * 20, "val": [few, many, many, few]})
+    write(tmp_path / "images/val/CLEVR_val_000001.png", "no image")
+    seen, forward = [], pmsn.VisionTransformer.forward
     monkeypatch.setattr(pmsn.VisionTransformer, "forward", lambda self, images: (
-        sizes.append(images.shape), forward(self, images))[1])
+        seen.append(images), forward(self, images))[1])
     torch.save(pmsn.VisionTransformer(16, 8, 96, 1, 3).state_dict(), tmp_path / "encoder.pt")
     transfer.main(["--encoder", str(tmp_path / "encoder.pt"), "--task", "clevr_count",
                    "clevr_dist", "--data", str(tmp_path), str(tmp_path), "--out",
                    str(tmp_path / "out"), "--workers", "0"])
-    assert sizes == [(10, 3, 16, 16), (4, 3, 16, 16)]
+    assert [images.shape for images in seen] == [(40, 3, 16, 16), (4, 3, 16, 16)]
+    assert (seen[0][..., 0] > seen[0][..., 8] + 0.5).all()  # The white left side is there.
+    results = json.loads((tmp_path / "out" / "transfer.json").read_text())["results"]
+    found = [(row["task"], row["classifier"], row["all"]) for row in results]
+    assert found[:2] == [("clevr_count", "linear", 75), ("clevr_count", "k-NN", 75)]
+    assert [task for task, _, _ in found[2:]] == ["clevr_dist"] * 2
 
 @pytest.mark.parametrize("arguments, message", [
     (["--encoder", "random", "--task", "folder"], "one --data per --task"),
