@@ -1,8 +1,12 @@
 """Tests, and the processes that they start, use one thread: on small tensors more threads wait."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONUNBUFFERED", None)  # It mixes the lines of several processes.
+sys.path.append(str(Path(__file__).parents[1] / "extras"))
 
 import torch
 

@@ -45,14 +45,6 @@ def spy(monkeypatch, losses=()):
     monkeypatch.setattr(pmsn.PMSN, "forward", watched)
     return steps
 
-def failure(capsys, *arguments):
-    """The message of a run that must end with status 2 and one line after the usage."""
-    with pytest.raises(SystemExit, match="^2$"):
-        mnist_corner.main(list(map(str, arguments)))
-    _, message = capsys.readouterr().err.split("error: ")
-    assert message.count("\n") == 1
-    return message
-
 def test_frequencies_follow_the_exponent():
     labels = torch.arange(3).repeat_interleave(torch.tensor([30, 4, 100]))
     torch.manual_seed(0)
@@ -168,23 +160,6 @@ def test_cifar_as_torchvision_gives_it(monkeypatch):
         luma = pixels[first] @ np.array([0.299, 0.587, 0.114])
         expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
         np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
-
-@pytest.mark.parametrize("options, word", [
-    ("--digits SVHN", "SVHN"), ("--backgrounds no/such", "'no/such'. --digits synthetic"),
-    ("--images 255", "from 256"), ("--starts 4", "choose from 0, 9"), ("--exponent 50", "to 4"),
-    ("--contrast nan", "to 1"), ("--prior_weight inf", "inf"), ("--out /proc/x", "/proc/x")])
-def test_bad_options_are_one_clear_line(options, word, tmp_path, capsys):
-    assert word in failure(capsys, "--out", tmp_path, *options.split())
-
-def test_unreadable_image_and_failed_download(tmp_path, monkeypatch, capsys):
-    image = tmp_path / "images" / "class0" / "0.png"
-    image.parent.mkdir(parents=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)).save(image)
-    image.write_bytes(image.read_bytes()[:500])
-    assert "truncated" in failure(capsys, "--backgrounds", image.parents[1], "--out", tmp_path)
-    error = RuntimeError("downloading:\nno route")
-    monkeypatch.setattr("torchvision.datasets.MNIST", Mock(side_effect=error))
-    assert "downloading: no route" in failure(capsys, "--digits", "MNIST", "--out", tmp_path)
 
 def test_quick_run_end_to_end_has_the_bits_of_one_process(tmp_path):
     command = [sys.executable, mnist_corner.__file__, "--quick", "--out", tmp_path]

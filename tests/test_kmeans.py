@@ -56,17 +56,6 @@ def test_matched_prior_finds_the_groups_that_kmeans_cuts():
     assert mean["PMSN half"][10] < mean["PMSN matched"][10]
     assert mean["PMSN 1.5x"][10] < mean["PMSN matched"][10]
 
-# ---- The hidden prior ----------------------------------------------------------------------------
-@pytest.mark.parametrize("sizes", [(32, 8), (12, 8, 4), (5, 4, 2, 1)])
-def test_four_losses_prefer_equal_sizes_and_pmsn_prefers_its_prior(sizes):
-    k, n = len(sizes), sum(sizes)
-    cuts = itertools.combinations(range(1, n), k - 1)
-    every = [tuple(np.diff([0, *cut, n])) for cut in cuts]
-    terms = [toy_kmeans.volume_terms(torch.tensor(s), torch.tensor(sizes) / n) for s in every]
-    for loss in ("SimCLR", "VICReg", "SwAV", "MSN", "PMSN"):
-        best = every[np.argmin([row[loss] for row in terms])]
-        assert best == (sizes if loss == "PMSN" else (n // k,) * k), loss
-
 # ---- Command line --------------------------------------------------------------------------------
 def test_quick_run_writes_everything(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
@@ -83,16 +72,3 @@ def test_quick_run_writes_everything(tmp_path, capsys):
         wanted = [6 / 11, 3 / 11, 2 / 11] if loss == "PMSN" else [1 / 3] * 3
         assert shares == pytest.approx(wanted), loss
     assert results["config"]["seed"] == 3 and "s left" in printed
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--seed", "-1"], "argument --seed: must be finite, from 0 to 4294967295, got -1"),
-    (["--imbalance", "0.5"], "argument --imbalance: must be finite, from 1 to 100, got 0.5"),
-    (["--out", f"{__file__}/x"], f"cannot write to --out {__file__}/x ([Errno 20] Not a directory"),
-])
-def test_bad_input_is_one_clear_line_and_status_2(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        toy_kmeans.main(arguments)
-    assert end.value.code == 2
-    printed = capsys.readouterr()
-    last = printed.err.splitlines()[-1]
-    assert message in last and "Traceback" not in printed.err and not printed.out

@@ -1,15 +1,21 @@
-"""The README: its commands run, its example runs, its files exist. The help of every script."""
+"""The README: its commands run, its example runs, its files exist. All scripts: help, errors."""
 
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import imbalance
+import mnist_corner
+import rcdm
+import toy_kmeans
 import train_inat
+import which_prior
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -63,12 +69,9 @@ def test_flags_and_functions_that_the_readmes_use_exist():
         assert f"def {name}(" in source, name
 
 def test_pmsn_needs_torch_and_torchvision_only():
-    code = ("import sys; import torch, torchvision; before = set(sys.modules); import pmsn; "
-            "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
-                            text=True, check=True)
-    allowed = {"pmsn", "torch", "torchvision"} | set(sys.stdlib_module_names)
-    assert set(result.stdout.split()) <= allowed
+    source = (REPOSITORY / "pmsn.py").read_text()
+    imported = {*re.findall(r"^ *(?:from|import) (\w+)", source, re.M)}
+    assert imported - sys.stdlib_module_names == {"torch", "torchvision"}
 
 def test_help_works_from_any_folder_without_data(tmp_path):
     code = """if True:
@@ -84,3 +87,30 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     assert result.returncode == 0, result.stderr
     assert all(f"usage: {script.name}" in result.stdout for script in SCRIPTS)
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("script, options, message", [
+    (mnist_corner, "--digits SVHN", "SVHN"),
+    (mnist_corner, "--digits MNIST", "downloading: no route"),
+    (mnist_corner, "--backgrounds no/such", "'no/such'. --digits synthetic"),
+    (mnist_corner, "--images 255", "must be finite, from 256 to inf, got 255"),
+    (mnist_corner, "--starts 4", "choose from 0, 9"),
+    (mnist_corner, "--exponent 50", "to 4"),
+    (mnist_corner, "--contrast nan", "to 1"),
+    (mnist_corner, "--prior_weight inf", "inf"),
+    (toy_kmeans, "--seed -1", "--seed: must be finite, from 0 to 4294967295, got -1"),
+    (toy_kmeans, "--imbalance 0.5", "--imbalance: must be finite, from 1 to 100, got 0.5"),
+    (imbalance, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
+    (imbalance, "--images 100", "--data, --out or --batch_size: "),
+    (imbalance, "--quick --lr 1e30", "the loss of SimCLR is not finite in epoch 1: try a lower"),
+    (rcdm, "--models no", "no/results.json"),
+    *[(script, "--out /proc/x", "/proc/x")
+      for script in (mnist_corner, toy_kmeans, imbalance, rcdm, which_prior)]])
+def test_a_mistake_is_one_clear_line_and_status_2(script, options, message, tmp_path, monkeypatch,
+                                                  capsys):
+    monkeypatch.setattr(imbalance, "measure", lambda *arguments: [0.0, 0.0])
+    no_network = Mock(side_effect=RuntimeError("downloading:\nno route"))
+    monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
+    with pytest.raises(SystemExit, match="^2$"):
+        script.main(["--out", str(tmp_path), *options.split()])
+    _, line = capsys.readouterr().err.split("error: ")
+    assert message in line and line.count("\n") == 1
