@@ -1,9 +1,9 @@
 """extras/rcdm.py: the sampler and the loss in closed form, what the condition does, a whole run."""
 
 import json
+import pickle
 import shutil
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parents[1] / "extras"))
 
 import mnist_corner
 import rcdm
@@ -84,13 +82,9 @@ def test_constancy_by_hand():
     found = rcdm.constancy(groups, labels, torch.tensor([0.75, 0.25]))
     assert found == pytest.approx(0.75 * 2 / 3 + 0.25 / 4)
 
-def test_measures_of_perfect_samples(models, tmp_path, monkeypatch):
+def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     """Every pixel of an image is its digit here, and prototype k stands for the digit k."""
-    prototypes = []
-
-    def train_unet(model, *args):
-        prototypes.append(F.normalize(model.prototypes, dim=1))
-        return SimpleNamespace(state_dict=dict), 0.5
+    model = SimpleNamespace(prototypes=2 * torch.eye(10, 64))
 
     def batch(source, count, exponent, test=False):
         digits = torch.arange(10).repeat_interleave(count // 55 * torch.arange(1, 11))
@@ -99,17 +93,20 @@ def test_measures_of_perfect_samples(models, tmp_path, monkeypatch):
         return images, {"digit": digits, "background": torch.zeros_like(digits)}
 
     def draw(unet, projections, noise):
-        digits = (projections @ prototypes[0].T).argmax(dim=1)
+        digits = projections.argmax(dim=1)
         return digits.view(-1, 1, 1, 1, 1).expand(-1, noise.shape[1], 1, 32, 32).float()
 
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
-    for fake in (train_unet, draw, classify):
-        monkeypatch.setattr(rcdm, fake.__name__, fake)
+
+    fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
+             "train_unet": lambda *args: (SimpleNamespace(state_dict=dict), 0.5),
+             "project": lambda model, x: model.prototypes[x[:, 0, 0, 0].long()] / 2,
+             "draw": draw, "classify": classify}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(rcdm, name, fake)
     monkeypatch.setattr(rcdm.CornerImages, "batch", batch)
-    monkeypatch.setattr(rcdm, "project", lambda model, x: prototypes[0][x[:, 0, 0, 0].long()])
-    monkeypatch.setattr(rcdm, "train_classifier", lambda *args: None)
-    args = SimpleNamespace(corner=SETTINGS, models=models, out=tmp_path, steps=10, samples=8)
+    args = SimpleNamespace(corner=SETTINGS, models=tmp_path, out=tmp_path, steps=10, samples=8)
     record, pictures = rcdm.experiment(0, 1.0, 0, args)
     results = record["results"]
     for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
@@ -124,6 +121,13 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     calls, folder = [], tmp_path / "quick_models"
     copy = lambda arguments: (calls.append(arguments), shutil.copytree(models, folder))
     monkeypatch.setattr(mnist_corner, "main", copy)
+
+    def run_here(experiment, jobs, args):
+        experiment, args = pickle.loads(pickle.dumps((experiment, args)))
+        return [experiment(*job, 0, args) for job in jobs]
+    monkeypatch.setattr(rcdm, "run_in_processes", run_here)
+    monkeypatch.setattr(rcdm, "sample", partial(rcdm.sample, steps=2))
+    monkeypatch.setattr(rcdm, "BATCH_SIZE", 16)
     rcdm.main(["--quick", "--workers", "2", "--out", str(tmp_path)])
     flags = ["--deform", "0.5", "--sinkhorn_iterations", "3", "--workers", "2", "--quick"]
     assert calls == [["--out", str(folder), "--seeds", "0", *flags]]
@@ -136,20 +140,12 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     for name in ("rcdm.png", "rcdm_images.png"):
         assert min(Image.open(tmp_path / name).size) > 300
 
-def test_bad_input_is_one_clear_line(models, tmp_path, capsys):
-    def failure(*options):
-        with pytest.raises(SystemExit, match="^2$"):
-            rcdm.main(["--models", str(tmp_path / "models"), "--out", str(tmp_path), *options])
-        _, message = capsys.readouterr().err.split("error: ")
-        assert message.count("\n") == 1
-        return message
-    shutil.copytree(models, tmp_path / "models")
-    assert "model_1_7.pt" in failure("--seeds", "7")
-    model = tmp_path / "models" / "model_0_0.pt"
-    model.write_bytes(model.read_bytes()[:1000])
-    assert "one run of mnist_corner.py, with --seeds 0" in failure()
-    settings = tmp_path / "models" / "results.json"
-    for text in ("{}", "[]", '{"config": {}}', "half"):
-        settings.write_text(text)
-        assert "mnist_corner.py" in failure()
-    assert "no/results.json" in failure("--models", "no")
+@pytest.mark.parametrize("file, content", [
+    ("model_0_0.pt", "half"), *[("results.json", text) for text in ("half", "{}", "[]")]])
+def test_damaged_models_are_one_clear_line(file, content, models, tmp_path, capsys):
+    folder = shutil.copytree(models, tmp_path / "models")
+    (folder / file).write_text(content)
+    with pytest.raises(SystemExit, match="^2$"):
+        rcdm.main(["--models", str(folder), "--out", str(tmp_path)])
+    _, line = capsys.readouterr().err.split("error: ")
+    assert "one run of mnist_corner.py, with --seeds 0" in line and line.count("\n") == 1
