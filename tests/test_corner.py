@@ -155,8 +155,8 @@ def test_cifar_as_torchvision_gives_it(monkeypatch):
         np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
 
 def test_quick_run_finds_the_digit_and_has_the_bits_of_one_process(tmp_path):
-    options = ["--quick", "--deform", "0.1", "--out", tmp_path]
-    command = [sys.executable, mnist_corner.__file__, *options]
+    options = "--quick --deform 0.1 --out".split()
+    command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     progress, table = (part.splitlines() for part in result.stdout.split("\n\n"))

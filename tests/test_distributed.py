@@ -18,12 +18,6 @@ WORLD_SIZE, BATCH = 2, 4  # BATCH counts the images of both processes.
 OPTIONS = {"temperature": 0.2, "sinkhorn_iterations": 2, "prior_weight": 3.0}
 PRIOR = torch.tensor([0.55, 0.2, 0.12, 0.08, 0.05], dtype=torch.float64)
 
-def share_of(x, rank):
-    """Of a view-major tensor (M * BATCH, ...), the images of this rank in each view."""
-    if rank is None:  # one process with the whole batch
-        return x
-    return x.unflatten(0, (-1, BATCH)).chunk(WORLD_SIZE, dim=1)[rank].flatten(0, 1)
-
 def train_two_steps(rank):
     """A small PMSN: the losses of both steps, terms, gradients and parameters after them."""
     torch.manual_seed(0)
@@ -34,7 +28,8 @@ def train_two_steps(rank):
     for count, size in ((1, 16), (1, 16), (2, 8)):
         view = torch.randn(count, BATCH, 3, size, size).double()
         view[:, BATCH // 2 :] += 1  # The second half of the images is brighter.
-        views.append(share_of(view.flatten(0, 1), rank))
+        share = view if rank is None else view.chunk(WORLD_SIZE, dim=1)[rank]
+        views.append(share.flatten(0, 1))  # view-major
     network = model if rank is None else DistributedDataParallel(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
@@ -70,8 +65,6 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """What each process has trained."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this build of PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]

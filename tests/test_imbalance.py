@@ -119,7 +119,6 @@ def test_predictions_come_from_visible_patches_alone(name, count, monkeypatch):
 def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, capsys):
     recorder, steps = torch.nn.Module(), []
     recorder.encoder, recorder.update_target = torch.nn.Linear(1, 1), Mock()
-
     def forward(views):
         steps.append((views[0].unique().tolist(), recorder.encoder.weight.item()))
         return recorder.encoder.weight.sum(), {}

@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -91,7 +90,6 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
 
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
-
     fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
              "train_unet": lambda *args: (SimpleNamespace(state_dict=dict), 0.5),
              "project": lambda model, x: model.prototypes[x[:, 0, 0, 0].long()] / 2,
@@ -114,12 +112,11 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     folder = tmp_path / "quick_models"
     main = Mock(side_effect=lambda arguments: shutil.copytree(models, folder))
     monkeypatch.setattr(mnist_corner, "main", main)
-
     def run_here(experiment, jobs, args):
         experiment, args = pickle.loads(pickle.dumps((experiment, args)))
         return [experiment(*job, 0, args) for job in jobs]
     monkeypatch.setattr(rcdm, "run_in_processes", run_here)
-    monkeypatch.setattr(rcdm, "sample", partial(rcdm.sample, steps=2))
+    monkeypatch.setattr(rcdm.sample, "__defaults__", (2,))  # steps
     monkeypatch.setattr(rcdm, "BATCH_SIZE", 16)
     rcdm.main(["--quick", "--workers", "2", "--out", str(tmp_path)])
     flags = ["--deform", "0.5", "--sinkhorn_iterations", "3", "--workers", "2", "--quick"]

@@ -98,8 +98,7 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (rcdm, "--models no", "no/results.json"),
     *[(script, "--out /proc/x", "/proc/x")
       for script in (mnist_corner, toy_kmeans, imbalance, rcdm, which_prior)]])
-def test_a_mistake_is_one_clear_line_and_status_2(script, options, message, tmp_path, monkeypatch,
-                                                  capsys):
+def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(imbalance, "measure", lambda *arguments: [0.0, 0.0])
     no_network = Mock(side_effect=RuntimeError("downloading:\nno route"))
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)

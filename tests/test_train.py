@@ -43,16 +43,13 @@ def draw(folder, counts, held_out=2):
 def data(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("data"), COUNTS)
 
-def start(out, *argv, rank=0, world_size=1, port=0, before=None):
+def start(out, *argv, rank=0, world_size=1, port=0, before=lambda: None):
     """train_inat.main in a process of its own. `before` is called in it first."""
-    out.parent.mkdir(exist_ok=True, parents=True)
-
     def child():
         sys.stdout = sys.stderr = open(f"{out}.log{rank}", "w", buffering=1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-        if before:
-            before()
+        before()
         train_inat.main([*SMALL, "--out", str(out), *map(str, argv)])
 
     process = FORK.Process(target=child)
@@ -66,8 +63,8 @@ def finish(out, *processes, status=0):
         assert process.exitcode == status, Path(f"{out}.log0").read_text()
     return Path(f"{out}.log0").read_text()
 
-def run(out, *argv, status=0, before=None):
-    return finish(out, start(out, *argv, before=before), status=status)
+def run(out, *argv, status=0, **options):
+    return finish(out, start(out, *argv, **options), status=status)
 
 def checkpoint(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
@@ -77,8 +74,7 @@ def metrics(out):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 def assert_same_run(one, two):
-    """The same bits in weights, target, optimizer and usage, and the same log without gaps."""
-    assert [line["epoch"] for line in metrics(two)] == list(range(len(metrics(one))))
+    """The same bits in weights, target, optimizer and usage, and the same log."""
     assert metrics(one) == metrics(two)
     one, two = checkpoint(one), checkpoint(two)
     for part in ("model", "optimizer", "usage"):
@@ -209,24 +205,21 @@ def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
 def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
-    """The README's command. A process dies after the first epoch.
-
-    DDP changes the order of its sums after a first step. With 3 processes it would show.
-    """
-    options = ["--data", data / "train", "--batch_size", 12,
-               "--classes_per_batch", 2, "--seed", 2**32 - 1]
+    """DDP changes the order of its sums after a first step. With 3 processes it would show."""
+    options = ["--data", data / "train", "--batch_size", "12",
+               "--classes_per_batch", "2", "--seed", str(2**32 - 1)]
     one, two = tmp_path / "one", tmp_path / "two"
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     finish(one, *[start(one, *options, rank=rank, world_size=3, port=port) for rank in range(3)])
+    # The README's command, of which one process dies after the first epoch.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--max-restarts", "3",
                train_inat.__file__, *SMALL, *options, "--out", two]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                    "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(list(map(str, command)), env=environment, text=True,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
     wait_for((two / "checkpoint.pt").exists)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     os.kill(int(children.split()[-1]), signal.SIGKILL)
