@@ -2,11 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # It mixes the lines of several processes.
-sys.path.append(str(Path(__file__).parents[1] / "extras"))
+sys.path.append(f"{os.path.dirname(__file__)}/../extras")
 
 import torch
 

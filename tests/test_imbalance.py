@@ -109,7 +109,6 @@ def test_predictions_come_from_visible_patches_alone(name, count, monkeypatch):
         torch.manual_seed(1)  # hides the same patches every time
         method([torch.where(mask, 1 - images, images)])
         return seen[-1][0]
-
     predictions, hidden = predict(torch.zeros(6, 16, dtype=torch.bool)), seen[-1][2]
     assert (hidden.sum(dim=1) == count).all() and not torch.equal(hidden[0], hidden[1])
     torch.testing.assert_close(predict(hidden), predictions)

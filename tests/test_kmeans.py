@@ -48,6 +48,7 @@ def test_quick_run_finds_groups_with_the_matched_prior_that_kmeans_cuts(tmp_path
         assert method in printed and set(row) == {"1", "5.0", "10"}
         assert all(len(values) == 3 for values in row.values())
         mean[method] = [np.mean(row[ratio]) for ratio in ("1", "10")]
+    assert set(mean) == set(toy_kmeans.METHODS)
     assert min(mean["K-means"][0], mean["MSN"][0], *mean["PMSN matched"]) >= 0.95
     assert abs(mean["K-means"][1]) <= 0.1 and abs(mean["MSN"][1]) <= 0.1
     assert mean["PMSN half"][1] < mean["PMSN matched"][1] > mean["PMSN 1.5x"][1]

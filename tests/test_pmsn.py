@@ -1,7 +1,4 @@
-"""The tests of pmsn.py, in the order of its sections.
-
-Each test compares with a case worked by hand, a NumPy loop, float64, or another library.
-"""
+"""pmsn.py, section by section, against cases by hand, NumPy, float64, and other libraries."""
 
 import copy
 import itertools
@@ -521,7 +518,7 @@ NO_BATCHES = [
     (lambda x: pmsn.power_law_prior(5, x), [-0.1, math.inf, math.nan], "exponent|prior"),
     (pmsn.class_prior, [[], [3, 0, 1], [3, math.inf]], "prior"),
     (lambda x: pmsn.pmsn_loss(*random_inputs(num_prototypes=3), x), NO_PRIORS, "prior"),
-    (lambda x: pmsn.pmsn_loss(*random_inputs(num_prototypes=3), x), [torch.ones(1)], "size 1"),
+    (lambda x: pmsn.pmsn_loss(*random_inputs(), x), [torch.ones(1)], "size 1"),
     (lambda x: pmsn.PMSN(SmallEncoder(), x), NO_PRIORS, "prior"),
     (lambda x: pmsn.sharpen(torch.zeros(2, 3), x), [0.0, -1.0, 1.5, math.nan], "sharpening"),
     (lambda x: small_vit()(torch.zeros(1, 3, *x)), [(30, 32), (32, 20), (4, 4)], "image sides"),

@@ -51,7 +51,7 @@ def test_files_that_a_readme_names_exist(file):
     for link in links:
         assert (path.parent / link).exists(), link
 
-def test_flags_and_functions_that_the_readmes_use_exist():
+def test_flags_functions_and_commands_of_the_readmes_exist():
     source = "".join(path.read_text() for path in [*SCRIPTS, REPOSITORY / "pmsn.py"])
     extras = (REPOSITORY / "extras" / "README.md").read_text()
     commands = "".join(re.findall(r"```bash\n(.*?)```", extras, re.S))
@@ -61,6 +61,9 @@ def test_flags_and_functions_that_the_readmes_use_exist():
         assert f'"{flag}"' in source, flag
     for name in set(re.findall(r"pmsn\.([a-z]\w+)\(", README)):
         assert f"def {name}(" in source, name
+    install = "python3 -m venv .venv && .venv/bin/pip install -e "
+    assert COMMANDS[0] == install + ". && .venv/bin/python mnist_corner.py"
+    assert COMMANDS[1] == install + '".[test]" && .venv/bin/python -m pytest'
     assert COMMANDS[1] in (REPOSITORY / ".ci" / "run").read_text().replace(" --quiet", "")
 
 def test_pmsn_needs_torch_and_torchvision_only():
@@ -84,9 +87,11 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize("script, options, message", [
+    (mnist_corner, "--digits SVHN", "SVHN"),
     (mnist_corner, "--digits MNIST", "downloading: no route"),
     (mnist_corner, "--backgrounds no/such", "'no/such'. --digits synthetic"),
     (mnist_corner, "--images 255", "must be finite, from 256 to inf, got 255"),
+    (mnist_corner, "--starts 4", "choose from 0, 9"),
     (mnist_corner, "--exponent 50", "to 4"),
     (mnist_corner, "--contrast nan", "to 1"),
     (mnist_corner, "--prior_weight inf", "inf"),

@@ -51,7 +51,6 @@ def start(out, *argv, rank=0, world_size=1, port=0, before=lambda: None):
                           MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
         before()
         train_inat.main([*SMALL, "--out", str(out), *map(str, argv)])
-
     process = FORK.Process(target=child)
     process.start()
     return process
@@ -131,15 +130,14 @@ def test_schedules_by_hand(tmp_path):
     """10 epochs of 4 steps: 2 steps of warm-up, stretched to 50 steps, the first one is step 1."""
     args = train_inat.parse(["--data", "x", "--out", str(tmp_path), "--epochs", "10",
                              "--lr", "1", "--ema_momentum", "0.9"])
-    lr, weight_decay, ema_momentum = train_inat.schedules(args, 4)
-    assert len(lr) == len(weight_decay) == len(ema_momentum) == 40
-    for i in range(40):
-        step = i + 1
+    steps = list(zip(*train_inat.schedules(args, 4), strict=True))
+    assert len(steps) == 40
+    for step, (lr, weight_decay, ema_momentum) in enumerate(steps, start=1):
         fall = 0.001 + 0.999 * (1 + math.cos(math.pi * (step - 2) / 48)) / 2
-        assert lr[i] == pytest.approx(0.2 + 0.4 * step if step < 2 else fall)
+        assert lr == pytest.approx(0.2 + 0.4 * step if step < 2 else fall)
         decay = 0.4 - 0.36 * (1 + math.cos(math.pi * step / 50)) / 2
-        assert weight_decay[i] == pytest.approx(decay)
-        assert ema_momentum[i] == pytest.approx(0.9 + 0.1 * i / 50)
+        assert weight_decay == pytest.approx(decay)
+        assert ema_momentum == pytest.approx(0.9 + 0.1 * (step - 1) / 50)
 
 def test_prototypes_and_vectors_have_no_weight_decay_and_prototypes_are_not_clipped():
     encoder = pmsn.VisionTransformer(16, 8, 12, 1, 3)
@@ -230,7 +228,6 @@ def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(data, undisturbed, tmp_path):
     def without_a_compiler(plain=nn.Module.compile):
         nn.Module.compile = lambda self, **options: plain(self, backend="aot_eager", **options)
-
     options = ["--data", data, "--focal_views", 0, "--epochs", 1]
     run(tmp_path / "out", *options, "--compile", "--checkpoint_activations",
         before=without_a_compiler)
@@ -267,7 +264,6 @@ def test_a_step_that_is_not_finite_is_not_saved(data, tmp_path):
     """The last gradient of the second epoch is not finite, when all losses of the epoch were."""
     def break_step_10(norms=iter([1.0] * 9 + [math.nan])):
         nn.utils.clip_grad_norm_ = lambda *_: next(norms)
-
     text = run(tmp_path / "out", "--data", data / "train", before=break_step_10, status=2)
     assert text.splitlines()[-1] == ("train_inat.py: error: loss or gradient is not finite in "
                                      "epoch 2: lower --lr, new --out")
