@@ -38,7 +38,6 @@ def test_sampler_maps_noise_to_a_normal_distribution():
 
 def test_loss_against_numpy():
     images, seen = torch.rand(4000, 1, 2, 2), {}
-
     def model(x, times, projections):
         seen.update(x=x.double().numpy(), times=times.double().numpy(), projections=projections)
         return 0.5 * x
