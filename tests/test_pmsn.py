@@ -507,7 +507,7 @@ def test_swav_is_pmsn_with_the_uniform_prior_on_both_views(options):
     close(leaves[0].grad, leaves[1].grad, 1e-5)
 
 # ---- Wrong arguments -----------------------------------------------------------------------------
-NO_PRIORS = [[0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]), *map(torch.tensor, [  # no tensors
+NO_PRIORS = [[0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]), *map(torch.tensor, [  # two non-tensors
     [0.5, 0.5, 0.0], [0.6, 0.6, -0.2], [0.5, 0.5, math.nan],
     [0.4, 0.4, 0.4], [0.3, 0.3, 0.3],  # The sum is wrong.
     [[0.5, 0.3, 0.2]], 1.0])]  # The rank is wrong.
