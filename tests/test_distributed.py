@@ -12,19 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pmsn
 import train_inat
+from test_pmsn import close
 
 WORLD_SIZE, BATCH = 2, 4  # BATCH counts the images of both processes.
 OPTIONS = {"temperature": 0.2, "sinkhorn_iterations": 2, "prior_weight": 3.0}
 PRIOR = torch.tensor([0.55, 0.2, 0.12, 0.08, 0.05], dtype=torch.float64)
 
-def share_of(x, rank):
-    """Of a view-major tensor (M * BATCH, ...), the images of this rank in each view."""
-    if rank is None:  # one process with the whole batch
-        return x
-    return x.unflatten(0, (-1, BATCH)).chunk(WORLD_SIZE, dim=1)[rank].flatten(0, 1)
-
 def train_two_steps(rank):
-    """A small PMSN: losses, terms and gradients of the first step, all parameters at the end."""
+    """A small PMSN: the losses of both steps, terms, gradients and parameters after them."""
     torch.manual_seed(0)
     encoder = pmsn.VisionTransformer(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
     head = nn.Sequential(nn.Linear(8, 10), nn.GELU(), nn.Linear(10, 6))
@@ -33,37 +28,31 @@ def train_two_steps(rank):
     for count, size in ((1, 16), (1, 16), (2, 8)):
         view = torch.randn(count, BATCH, 3, size, size).double()
         view[:, BATCH // 2 :] += 1  # The second half of the images is brighter.
-        views.append(share_of(view.flatten(0, 1), rank))
+        share = view if rank is None else view.chunk(WORLD_SIZE, dim=1)[rank]
+        views.append(share.flatten(0, 1))  # view-major
     network = model if rank is None else DistributedDataParallel(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses, all_terms, gradients = [], [], []
+    losses = []
     for _ in range(2):
         optimizer.zero_grad()
         loss, terms = network(views)
         loss.backward()
         losses.append(loss.detach())
-        all_terms.append(terms)
-        trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        gradients.append({k: p.grad.clone() for k, p in trained.items()})
         optimizer.step()
         model.update_target(0.9)
-    return {"losses": torch.stack(losses), "terms": all_terms[0], "gradients": gradients[0],
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"losses": torch.stack(losses), "terms": terms, "gradients": gradients,
             "state": model.state_dict()}
 
-class Gray(torch.utils.data.Dataset):
+class Gray(list):
     """Seven gray images. They do not split evenly over two processes."""
     paths = range(7)
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
-        return torch.full((3, 16, 16), 30 * index, dtype=torch.uint8), index, True
 
 def features(rank, world_size):
     torch.manual_seed(0)
     encoder = pmsn.VisionTransformer(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
-    return train_inat.extract(encoder, Gray(), torch.arange(7), 0, rank, world_size)
+    images = Gray((torch.full((3, 16, 16), 30 * i, dtype=torch.uint8), i, True) for i in range(7))
+    return train_inat.extract(encoder, images, torch.arange(7), 0, rank, world_size)
 
 def worker(rank, folder):
     torch.set_num_threads(1)
@@ -76,26 +65,21 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """What each process has trained."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this build of PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
-def close(got, expected, atol=1e-7):
-    torch.testing.assert_close(got, expected, atol=atol, rtol=0)
-
 def test_training_with_two_processes_is_training_with_the_whole_batch(models):
     """DDP averages gradients, and here the average must be exact (up to float32 positions)."""
     whole = train_two_steps(None)
-    close((models[0]["losses"] + models[1]["losses"]) / 2, whole["losses"])
+    close((models[0]["losses"] + models[1]["losses"]) / 2, whole["losses"], 1e-7)
     assert (models[0]["losses"] - models[1]["losses"]).abs().min() > 1e-3  # They do differ.
     assert whole["gradients"]["prototypes"].abs().max() > 1e-3
     for model in models:
         for part in ("gradients", "state"):
             assert model[part].keys() == whole[part].keys()
             for name, value in whole[part].items():
-                close(model[part][name], value)
+                close(model[part][name], value, 1e-7)
         for name in ("prior_kl", "mean_prediction", "effective_prototypes"):
             close(model["terms"][name], whole["terms"][name], 1e-6)
 
@@ -103,5 +87,5 @@ def test_two_processes_share_the_images_and_find_the_same_features(models):
     expected, labels = features(0, 1)
     assert labels.tolist() == [*range(7)] and len(expected.unique(dim=0)) == 7
     for model in models:
-        close(model["features"][0], expected)
+        close(model["features"][0], expected, 1e-7)
         assert torch.equal(model["features"][1], labels)

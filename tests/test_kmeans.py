@@ -9,7 +9,6 @@ import torch
 
 import toy_kmeans
 
-# ---- Data, agreement, K-means --------------------------------------------------------------------
 def test_adjusted_rand_index_is_scikit_learns():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle here")
     torch.manual_seed(0)
@@ -20,15 +19,6 @@ def test_adjusted_rand_index_is_scikit_learns():
             oracle = metrics.adjusted_rand_score(first.numpy(), other.numpy())
             assert toy_kmeans.adjusted_rand_index(first, other) == pytest.approx(oracle, abs=1e-12)
     assert toy_kmeans.adjusted_rand_index(0 * first, 0 * first) == 1
-
-@pytest.mark.parametrize("k", [2, 3, 5])
-def test_kmeans_reaches_scikit_learns_objective(k):
-    cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is the oracle here")
-    torch.manual_seed(k)
-    points = torch.randn(60, 2, dtype=torch.float64)
-    _, objective = toy_kmeans.kmeans(points, k, starts=200)
-    oracle = cluster.KMeans(k, n_init=50, random_state=0).fit(points.numpy())
-    assert objective == pytest.approx(oracle.inertia_, rel=1e-6)
 
 def test_kmeans_with_equal_sizes_is_the_best_of_all_halves():
     torch.manual_seed(3)
@@ -46,53 +36,23 @@ def test_kmeans_survives_empty_clusters():
     clusters, objective = toy_kmeans.kmeans(torch.zeros(4, 2), 3, starts=2)
     assert objective == 0 and clusters.tolist() == [0, 0, 0, 0]
 
-def test_matched_prior_finds_the_groups_that_kmeans_cuts():
-    scores, _ = toy_kmeans.sweep((1, 10), range(1000, 1004))
-    mean = {method: {r: np.mean(x) for r, x in row.items()} for method, row in scores.items()}
-    for method in ("K-means", "MSN", "PMSN matched"):
-        assert mean[method][1] >= 0.95
-    assert mean["PMSN matched"][10] >= 0.95
-    assert abs(mean["K-means"][10]) <= 0.1 and abs(mean["MSN"][10]) <= 0.1
-    assert mean["PMSN half"][10] < mean["PMSN matched"][10]
-    assert mean["PMSN 1.5x"][10] < mean["PMSN matched"][10]
-
-# ---- The hidden prior ----------------------------------------------------------------------------
-@pytest.mark.parametrize("sizes", [(32, 8), (12, 8, 4), (5, 4, 2, 1)])
-def test_four_losses_prefer_equal_sizes_and_pmsn_prefers_its_prior(sizes):
-    k, n = len(sizes), sum(sizes)
-    cuts = itertools.combinations(range(1, n), k - 1)
-    every = [tuple(np.diff([0, *cut, n])) for cut in cuts]
-    terms = [toy_kmeans.volume_terms(torch.tensor(s), torch.tensor(sizes) / n) for s in every]
-    for loss in ("SimCLR", "VICReg", "SwAV", "MSN", "PMSN"):
-        best = every[np.argmin([row[loss] for row in terms])]
-        assert best == (sizes if loss == "PMSN" else (n // k,) * k), loss
-
-# ---- Command line --------------------------------------------------------------------------------
-def test_quick_run_writes_everything(tmp_path, capsys):
+def test_quick_run_finds_groups_with_the_matched_prior_that_kmeans_cuts(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    toy_kmeans.main(["--quick", "--seed", "3", "--imbalance", "5", "--out", str(out)])
+    toy_kmeans.main(["--quick", "--seed", "1000", "--imbalance", "5", "--out", str(out)])
     printed = capsys.readouterr().out
     written = {path.name for path in out.iterdir()}
     assert written == {"results.json", "kmeans.png", "hidden_prior.png"}
     results = json.loads((out / "results.json").read_text())
-    assert set(results["adjusted_rand_index"]) == set(toy_kmeans.METHODS)
+    mean = {}
     for method, row in results["adjusted_rand_index"].items():
         assert method in printed and set(row) == {"1", "5.0", "10"}
         assert all(len(values) == 3 for values in row.values())
+        mean[method] = [np.mean(row[ratio]) for ratio in ("1", "10")]
+    assert set(mean) == set(toy_kmeans.METHODS)
+    assert min(mean["K-means"][0], mean["MSN"][0], *mean["PMSN matched"]) >= 0.95
+    assert abs(mean["K-means"][1]) <= 0.1 and abs(mean["MSN"][1]) <= 0.1
+    assert mean["PMSN half"][1] < mean["PMSN matched"][1] > mean["PMSN 1.5x"][1]
     for loss, shares in results["preferred_shares"].items():
         wanted = [6 / 11, 3 / 11, 2 / 11] if loss == "PMSN" else [1 / 3] * 3
         assert shares == pytest.approx(wanted), loss
-    assert results["config"]["seed"] == 3 and "s left" in printed
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--seed", "-1"], "argument --seed: must be finite, from 0 to 4294967295, got -1"),
-    (["--imbalance", "0.5"], "argument --imbalance: must be finite, from 1 to 100, got 0.5"),
-    (["--out", f"{__file__}/x"], f"cannot write to --out {__file__}/x ([Errno 20] Not a directory"),
-])
-def test_bad_input_is_one_clear_line_and_status_2(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        toy_kmeans.main(arguments)
-    assert end.value.code == 2
-    printed = capsys.readouterr()
-    last = printed.err.splitlines()[-1]
-    assert message in last and "Traceback" not in printed.err and not printed.out
+    assert results["config"]["seed"] == 1000 and "s left" in printed

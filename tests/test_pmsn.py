@@ -1,7 +1,4 @@
-"""The tests of pmsn.py, in the order of its sections.
-
-Each test compares with a case worked by hand, a NumPy loop, float64, or another library.
-"""
+"""pmsn.py, section by section, against cases by hand, NumPy, float64, and other libraries."""
 
 import copy
 import itertools
@@ -35,15 +32,6 @@ def add_noise(module):
             parameter += 0.1 * torch.randn_like(parameter)
     return module
 
-def finite_differences(function, x):
-    """The gradient of a function of the tensor x."""
-    gradient = torch.zeros_like(x)
-    for index in np.ndindex(*x.shape):
-        step = torch.zeros_like(x)
-        step[index] = 1e-5
-        gradient[index] = (function(x + step) - function(x - step)) / 2e-5
-    return gradient
-
 def numpy_predict(z, prototypes, temperature):
     """softmax(cosine / temperature) over the prototypes, for one embedding."""
     cosines = [z @ q / math.sqrt(z @ z) / math.sqrt(q @ q) for q in prototypes]
@@ -51,27 +39,20 @@ def numpy_predict(z, prototypes, temperature):
     return scores / scores.sum()
 
 def numpy_sinkhorn(p, prior, iterations):
-    """Every column in turn gets its share, then every row the sum 1."""
-    p = p.copy()
+    """Every column gets its share, then every row the sum 1."""
     for _ in range(iterations):
-        for k in range(p.shape[1]):
-            p[:, k] *= prior[k] * len(p) / p[:, k].sum()
-        for i in range(len(p)):
-            p[i] /= p[i].sum()
+        p = p * prior * len(p) / p.sum(axis=0)
+        p = p / p.sum(axis=1, keepdims=True)
     return p
 
 def numpy_pmsn(anchors, targets, prototypes, prior, temperature=0.1, sharpening=0.25,
-               prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False, frozen=None):
-    """Loss, cross-entropy, KL and p_bar as the paper writes them. Anchor i has target i modulo B.
-
-    Targets are made with the `frozen` prototypes, where these are given.
-    """
+               prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False):
+    """Loss, cross-entropy, KL, p_bar as the paper writes them. Anchor i has target i modulo B."""
     anchors, targets, prototypes, prior = map(np.asarray, (anchors, targets, prototypes, prior))
-    frozen = prototypes if frozen is None else np.asarray(frozen)
     reference = prior if relative_sharpening else np.ones_like(prior)
     codes = []
     for target in targets:
-        p = numpy_predict(target, frozen, temperature)
+        p = numpy_predict(target, prototypes, temperature)
         p = reference * (p / reference) ** (1 / sharpening)
         codes.append(p / p.sum())
     codes = numpy_sinkhorn(np.array(codes), prior, sinkhorn_iterations)
@@ -89,28 +70,8 @@ def test_priors_by_hand():
     close(pmsn.power_law_prior(4, 0.0), [0.25] * 4, 0)
     close(pmsn.class_prior([1, 5, 2]), [0.625, 0.25, 0.125], 0)  # largest first
     assert pmsn.power_law_prior(1024, 0.25).dtype == torch.float32
-
-def test_what_gives_no_prior_is_refused():
-    for exponent in (-0.1, math.inf, math.nan):
-        with pytest.raises(ValueError):
-            pmsn.power_law_prior(5, exponent)
-    for counts in ([], [3, 0, 1], [3, math.inf]):
-        with pytest.raises(ValueError):
-            pmsn.class_prior(counts)
     with pytest.raises(RuntimeError, match="size 1"):  # There are 5 prototypes.
         pmsn.pmsn_loss(*random_inputs(), torch.ones(1))
-
-@pytest.mark.parametrize("prior", [
-    [0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]),  # no tensor
-    torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.6, 0.6, -0.2]),
-    torch.tensor([0.5, 0.5, math.nan]),
-    torch.tensor([0.4, 0.4, 0.4]), torch.tensor([0.3, 0.3, 0.3]),  # The sum is wrong.
-    torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor(1.0)])  # The rank is wrong.
-def test_no_prior_is_refused(prior):
-    with pytest.raises(ValueError, match="prior"):
-        pmsn.pmsn_loss(*random_inputs(num_prototypes=3), prior)
-    with pytest.raises(ValueError, match="prior"):
-        pmsn.PMSN(SmallEncoder(), prior)
 
 # ---- Loss ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [
@@ -130,24 +91,25 @@ def test_loss_equals_numpy_loop(options):
     close(terms["mean_prediction"], p_bar, 1e-9)
     close(terms["effective_prototypes"], math.exp(-(p_bar @ np.log(p_bar))), 1e-8)
 
-def test_gradient_equals_finite_differences_of_the_numpy_loop():
-    """The targets of the loop keep the unmoved prototypes, so no gradient flows through them."""
-    anchors, targets, prototypes = random_inputs(views=2, batch=2, dim=3, num_prototypes=3)
-    prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    options = {"temperature": 0.5, "sinkhorn_iterations": 2}
+def test_gradient_is_the_one_with_constant_targets():
+    anchors, targets, prototypes = random_inputs(views=2)
+    prior = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
     z, z_target, q = (x.clone().requires_grad_() for x in (anchors, targets, prototypes))
-    loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, **options)
+    loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, temperature=0.5, sinkhorn_iterations=2)
     loss.backward()
     assert z_target.grad is None and not any(term.requires_grad for term in terms.values())
-    options["frozen"] = prototypes
-    close(z.grad, finite_differences(
-        lambda x: numpy_pmsn(x, targets, prototypes, prior, **options)[0], anchors), 1e-7)
-    close(q.grad, finite_differences(
-        lambda x: numpy_pmsn(anchors, targets, x, prior, **options)[0], prototypes), 1e-7)
+    log_target = pmsn.sharpen(pmsn.log_predictions(targets, prototypes, 0.5), 0.25)
+    p_target = pmsn.sinkhorn(log_target, prior.log(), 2).exp()
+    anchors.requires_grad_(), prototypes.requires_grad_()
+    p = (F.normalize(anchors) @ F.normalize(prototypes).T / 0.5).softmax(dim=1)
+    prior_kl = (p.mean(dim=0) * (p.mean(dim=0) / prior).log()).sum()
+    (prior_kl - (p_target.repeat(2, 1) * p.log()).sum(dim=1).mean()).backward()
+    close(z.grad, anchors.grad, 1e-7)
+    close(q.grad, prototypes.grad, 1e-7)
 
-@pytest.mark.parametrize("temperature, autocast", [(0.1, 0), (0.1, 1), (0.01, 0), (0.01, 1)])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
 @pytest.mark.parametrize("options", [{}, {"sinkhorn_iterations": 3}, {"relative_sharpening": True}])
-def test_extreme_inputs_stay_finite(options, temperature, autocast):
+def test_extreme_inputs_stay_finite(options, temperature):
     """Only directions count, so embeddings of norm 1e-8 and 1e8 have the same loss."""
     plain, prior = [x.float() for x in random_inputs()], pmsn.power_law_prior(5, 1.5)
     # All images fit the first prototype. At temperature .01 the other predictions underflow to 0.
@@ -157,8 +119,7 @@ def test_extreme_inputs_stay_finite(options, temperature, autocast):
     losses = []
     for inputs in ([1e-8 * x for x in plain], plain, [1e8 * x for x in plain], zero, collapsed):
         z, z_target, q = (x.clone().requires_grad_() for x in inputs)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
-            loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, temperature=temperature, **options)
+        loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, temperature=temperature, **options)
         loss.backward()
         assert all(x.isfinite().all() for x in (loss, *terms.values(), z.grad, q.grad))
         losses.append(loss.item())
@@ -176,31 +137,6 @@ def test_bfloat16_embeddings_get_the_float32_loss(name):
     assert torch.equal(got, expected)
 
 # ---- Sharpening and Sinkhorn ---------------------------------------------------------------------
-@pytest.mark.parametrize("sharpening", [0.0, -1.0, 1.5, math.nan])
-def test_sharpening_must_lie_between_0_and_1(sharpening):
-    with pytest.raises(ValueError, match="sharpening"):
-        pmsn.sharpen(torch.zeros(2, 3), sharpening)
-
-def test_constant_answer_and_its_two_remedies():
-    """Every image answers pi (K = 10, exponent 1.5, T = .25), so the prior term is 0.
-
-    Plain sharpening makes s = pi^4 / sum(pi^4) the target, which costs only -sum(s log pi) = .71.
-    Relative sharpening and Sinkhorn make pi the target, so the collapse costs H(pi) = 1.6.
-    """
-    prior = torch.arange(1, 11, dtype=torch.float64) ** -1.5
-    prior = prior / prior.sum()
-    collapsed = -(prior**4 / (prior**4).sum() @ prior.log())
-    entropy = -(prior @ prior.log())
-    close([collapsed, entropy], [0.7098, 1.6281], 1e-4)
-    # The prototypes are the axes. Off its mean, z is .1 log pi, and its length is 1.
-    z = 0.1 * (prior.log() - prior.log().mean())
-    z = (z + ((1 - z @ z) / 10).sqrt()).expand(6, -1)
-    for options, cost in (({}, collapsed), ({"relative_sharpening": True}, entropy),
-                          ({"sinkhorn_iterations": 1}, entropy)):
-        _, terms = pmsn.pmsn_loss(z, z, torch.eye(10).double(), prior, **options)
-        close(terms["prior_kl"], 0, 1e-9)
-        close(terms["cross_entropy"], cost, 1e-6)
-
 # ---- Vision transformer --------------------------------------------------------------------------
 def small_vit(seed=0):
     torch.manual_seed(seed)
@@ -221,21 +157,16 @@ def test_features_equal_timms(size):
         close(vit(images), oracle(images), 1e-5)
 
 def test_dropped_patches_never_existed():
-    """For each image we cut out the kept patches and run the blocks on them and CLS alone."""
+    """For each image we run the blocks on its kept patches and CLS alone, in another order."""
     vit, images = small_vit(), torch.randn(5, 3, 32, 32, dtype=torch.float64)
     torch.manual_seed(0)
     features = vit(images, patch_drop=0.5)
     torch.manual_seed(0)
     _, indices = pmsn.drop_patches(torch.zeros(5, 16, 1), 0.5)
-    weight, bias = vit.patch_embed.proj.weight.flatten(1), vit.patch_embed.proj.bias
-    for image, kept, feature in zip(images, indices.tolist(), features):
-        sequence = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
-        for i in sorted(kept):
-            row, column = 8 * (i // 4), 8 * (i % 4)
-            patch = image[:, row : row + 8, column : column + 8].flatten()
-            sequence.append(weight @ patch + bias + vit.pos_embed[0, 1 + i])
-        expected = vit.norm(vit.blocks(torch.stack(sequence)[None]))[0, 0]
-        close(feature, expected, 1e-10)
+    cls = vit.cls_token[0] + vit.pos_embed[0, :1]
+    for patches, kept, feature in zip(vit.embed_patches(images), indices.tolist(), features):
+        sequence = torch.cat([cls, patches[sorted(kept)]])
+        close(feature, vit.norm(vit.blocks(sequence[None]))[0, 0], 1e-10)
 
 def test_number_of_kept_patches():
     """The share (1 - drop), rounded down, but at least 1. As floats, (1 - .9) * 20 < 2."""
@@ -248,15 +179,9 @@ def test_masks_are_uniform_and_independent():
     torch.manual_seed(0)
     _, indices = pmsn.drop_patches(torch.zeros(4000, 12, 1), 0.25)
     kept = torch.zeros(4000, 12).scatter_(1, indices, 1.0)
-    close(kept.sum(dim=0), [3000] * 12, 5 * math.sqrt(4000 * 0.75 * 0.25))
-    pairs, p = kept.T @ kept, 9 / 12 * 8 / 11
-    pairs = pairs[~torch.eye(12, dtype=torch.bool)]
-    close(pairs, [4000 * p] * 132, 5 * math.sqrt(4000 * p * (1 - p)))
-
-@pytest.mark.parametrize("shape", [(30, 32), (32, 20), (4, 4)])
-def test_image_sides_that_are_no_multiple_of_the_patch_size_are_refused(shape):
-    with pytest.raises(ValueError, match="image sides"):
-        small_vit()(torch.zeros(1, 3, *shape, dtype=torch.float64))
+    p = torch.full((12, 12), 9 / 12 * 8 / 11).fill_diagonal_(9 / 12)
+    sigma = (4000 * p * (1 - p)).sqrt()
+    assert ((kept.T @ kept - 4000 * p) / sigma).abs().max() < 5
 
 # ---- PMSN ----------------------------------------------------------------------------------------
 class SmallEncoder(nn.Sequential):
@@ -300,27 +225,12 @@ def test_defaults_and_initialization_are_the_ones_of_msn():
     assert model.prototypes.std().item() == pytest.approx(1 / math.sqrt(3 * 256), rel=0.02)
     assert model.patch_drop == 0.15 and torch.equal(model.state_dict()["prior"], prior)
 
-def test_gradients_reach_anchor_network_and_prototypes_only():
-    """The target network is a copy with its own memory. Masked anchors alone are enough."""
-    model = small_pmsn()
-    model(random_views()[:2])[0].backward()
-    parameters = dict(model.named_parameters())
-    num_targets = sum(name.startswith("target") for name in parameters)
-    assert len(parameters) == 2 * num_targets + 1  # and the prototypes
-    for name, parameter in parameters.items():
-        if name.startswith("target"):
-            anchor = parameters[name.removeprefix("target_")]
-            assert torch.equal(parameter, anchor) and parameter.data_ptr() != anchor.data_ptr()
-            assert not parameter.requires_grad and parameter.grad is None, name
-        else:
-            # A bias before BatchNorm has the gradient 0 up to rounding.
-            before_norm = name in ("encoder.1.bias", "head.0.bias", "head.3.bias")
-            assert before_norm or parameter.grad.abs().max() > 1e-6, name
-
 def test_target_is_the_exact_moving_average_of_the_parameters():
-    """target <- m * target + (1 - m) * anchor, and nothing else moves, not even in BatchNorm."""
+    """target <- m * target + (1 - m) * anchor, from a copy. Nothing in BatchNorm moves with it."""
     model = small_pmsn()
     targets = {name for name, _ in model.named_parameters() if name.startswith("target")}
+    for name in targets:
+        assert torch.equal(*map(model.get_parameter, (name, name.removeprefix("target_"))))
     for step, ema_momentum in enumerate([0.9, 0.5, 0.99, 0.0, 0.7]):
         model(random_views(seed=step))  # The statistics of BatchNorm move.
         add_noise(model.encoder)
@@ -400,9 +310,6 @@ def test_without_augmentation_a_view_is_the_normalized_image():
         views.append(pmsn.augment_colors(x))
     close(*views, 1e-5)
     assert torch.equal(floats, images / 255)
-    for wrong in (images.float(), floats - 0.5, floats + 0.5):
-        with pytest.raises(ValueError, match=r"\[0, 1\]"):
-            pmsn.augment_colors(wrong)
 
 def draw(monkeypatch, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0):
     """Replace the uniform draws: each is at this place between the ends -1 and 1 of its range."""
@@ -423,18 +330,16 @@ def test_color_jitter_equals_torchvisions_steps(monkeypatch, steps, place):
 
 @pytest.mark.parametrize("degrees", [-36, 20, 120])
 def test_hue_is_a_rotation(monkeypatch, degrees):
-    """It keeps r + g + b and the length. The largest angle of ColorJitter(hue=.1) is 36 degrees."""
-    images = 0.4 + 0.2 * random_images(3, 12)
+    """It leaves the grays (Rodrigues' formula). The largest angle of hue=.1 is 36 degrees."""
+    images, angle = 0.4 + 0.2 * random_images(3, 12), math.radians(degrees)
     draw(monkeypatch, hue=degrees / 36)
-    turned = augment(images, jitter_p=1.0)
-    close(turned.sum(dim=1), images.sum(dim=1), 1e-5)
-    close(turned.norm(dim=1), images.norm(dim=1), 1e-5)
     gray = images.mean(dim=1, keepdim=True)
-    cosines = torch.cosine_similarity(turned - gray, images - gray)
-    close(cosines, torch.full_like(cosines, math.cos(math.radians(degrees))), 1e-4)
+    across = (images.roll(1, dims=1) - images.roll(-1, dims=1)) / math.sqrt(3)
+    expected = gray + math.cos(angle) * (images - gray) + math.sin(angle) * across
+    close(augment(images, jitter_p=1.0), expected, 1e-5)
 
-def test_shares_of_jittered_and_gray_images():
-    """Of 1000 images .7 change their colors and .2 become gray, within 5 standard deviations."""
+def test_shares_of_changed_images_and_width_of_the_blur(monkeypatch):
+    """Of 1000 images .7 change their colors, .2 become gray and .6 are blurred (5 sigma)."""
     torch.manual_seed(0)
     images = random_images(1000, 10)
     changed = (augment(images, jitter_p=0.7) - images).abs().amax(dim=(1, 2, 3)) > 1e-4
@@ -444,6 +349,12 @@ def test_shares_of_jittered_and_gray_images():
     close(is_gray.float().mean(), 0.2, 5 * math.sqrt(0.2 * 0.8 / 1000))
     gray = TF.rgb_to_grayscale(images, num_output_channels=3)
     close(views, torch.where(is_gray[:, None, None, None], gray, images), 1e-6)
+    # The width of the blur is uniform in .1..2. Here the "blur" adds it to the image.
+    monkeypatch.setattr(pmsn, "gaussian_blur", lambda images, s: images + s[:, None, None, None])
+    width = (augment(images, blur_p=0.6) - images)[:, 0, 0, 0]
+    width = width[width > 1e-4].sort().values
+    close(len(width) / 1000, 0.6, 5 * math.sqrt(0.6 * 0.4 / 1000))
+    close(width, torch.linspace(0.1, 2, len(width)), 5 * 1.9 * 0.5 / math.sqrt(len(width)))
 
 def test_gaussian_blur_equals_torchvision():
     """Each image has its own sigma. A kernel of 23 pixels holds all of a sigma of 2."""
@@ -451,17 +362,6 @@ def test_gaussian_blur_equals_torchvision():
     blurred = pmsn.gaussian_blur(images, torch.tensor(sigmas))
     for image, sigma, result in zip(images, sigmas, blurred):
         close(result, TF.gaussian_blur(image, [23, 23], [sigma, sigma]), 1e-3)
-
-def test_share_and_width_of_the_blur(monkeypatch):
-    """Of 1000 images .6 are blurred, with sigma uniform in .1..2. Here the "blur" adds sigma."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(pmsn, "gaussian_blur", lambda images, s: images + s[:, None, None, None])
-    images = random_images(1000, 4)
-    added = augment(images, blur_p=0.6) - images
-    sigma = added[:, 0, 0, 0]
-    sigma = sigma[sigma > 1e-4].sort().values
-    close(len(sigma) / 1000, 0.6, 5 * math.sqrt(0.6 * 0.4 / 1000))
-    close(sigma, torch.linspace(0.1, 2, len(sigma)), 5 * 1.9 * 0.5 / math.sqrt(len(sigma)))
 
 # ---- Samplers ------------------------------------------------------------------------------------
 def labels_of(counts):
@@ -481,10 +381,6 @@ def test_long_tail_by_hand(counts, prior, expected):
     assert torch.bincount(labels[chosen]).tolist() == expected
     assert len(chosen.unique()) == len(chosen) and torch.equal(chosen, again)
     assert set(chosen.tolist()) != set(other.tolist()) or expected == counts
-
-def test_long_tail_refuses_a_class_without_images():
-    with pytest.raises(ValueError, match="each of 3 classes"):
-        pmsn.long_tail_indices(torch.tensor([0, 1, 0]), torch.tensor([0.5, 0.3, 0.2]))
 
 def epoch_of(sampler, epoch):
     sampler.set_epoch(epoch)
@@ -527,15 +423,6 @@ def test_epochs_are_random_and_follow_from_the_seed():
     assert len(pairs) == 66 and len(together - {frozenset()}) == 10 * 6
     assert epochs[3] == epoch_of(pmsn.ClassBatchSampler(labels, 24, 3, seed=1), 3)
 
-@pytest.mark.parametrize("counts, batch_size, k, world_size", [
-    ([50] * 12, 25, 3, 1), ([50] * 12, 24, 3, 5),  # no multiple of k, or of the processes
-    ([50] * 12, 26, 13, 1),  # more classes than there are
-    ([20, 20, 20, 3], 12, 3, 1),  # Class 3 has less than one part of 4.
-    ([60, 20, 20], 30, 3, 1)])  # Class 0 has more parts than there are batches.
-def test_sampler_refuses(counts, batch_size, k, world_size):
-    with pytest.raises(ValueError, match="classes"):
-        pmsn.ClassBatchSampler(labels_of(counts), batch_size, k, world_size=world_size)
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 def overlapping_classes():
     """Features and labels of 4 classes, one with half of the 2000 training and 1030 test images."""
@@ -557,10 +444,6 @@ def test_knn_equals_scikit_learn(options):
     expected = oracle.fit(features, labels).predict(test_features)
     got = pmsn.knn_predictions(features, labels, test_features, **options)
     assert got.tolist() == expected.tolist()
-    cosines, index = pmsn.nearest_neighbors(test_features, features, k)
-    distances, expected = oracle.kneighbors(test_features)
-    close(cosines, 1 - distances, 1e-9)
-    assert index.tolist() == expected.tolist()
 
 def test_linear_probe_equals_scikit_learn():
     """Logistic regression without penalty. A linear map of the features must not matter."""
@@ -585,12 +468,11 @@ def test_simclr_is_the_cross_entropy_of_finding_the_other_view():
     z = torch.cat([first, second])
     z = z / z.square().sum(dim=1, keepdim=True).sqrt()
     other = (torch.arange(8) + 4) % 8
-    for options, temperature in (({}, 0.1), ({"temperature": 0.2}, 0.2)):
-        scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-        loss, terms = pmsn.simclr_loss(first, second, **options)
-        close(loss, F.cross_entropy(scores, other), 1e-9)
-        close(terms["alignment"], -scores[range(8), other].mean(), 1e-9)
-        close(terms["alignment"] + terms["uniformity"], loss, 1e-9)
+    scores = (z @ z.T / 0.2).fill_diagonal_(-math.inf)
+    loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
+    close(loss, F.cross_entropy(scores, other), 1e-9)
+    close(terms["alignment"], -scores[range(8), other].mean(), 1e-9)
+    close(terms["alignment"] + terms["uniformity"], loss, 1e-9)
 
 def test_vicreg_equals_numpy():
     """Bardes et al. 2022. The hinge is a mean over both views, the covariance is a sum."""
@@ -607,21 +489,44 @@ def test_vicreg_equals_numpy():
     close(terms["covariance"], covariance, 1e-9)
     close(loss, 25 * invariance + 25 * variance + covariance, 1e-9)
 
-def numpy_swav(views, prototypes, frozen, temperature=0.1, epsilon=0.05, iterations=3):
+@pytest.mark.parametrize("options", [(), (0.5, 0.2, 2)])
+def test_swav_is_pmsn_with_the_uniform_prior_on_both_views(options):
     """Caron et al. 2020, equations 2 and 3. Codes are sharpened by epsilon / temperature."""
-    pairs, uniform = (views, views[::-1]), np.full(len(prototypes), 1 / len(prototypes))
-    terms = [numpy_pmsn(view, other, prototypes, uniform, temperature, epsilon / temperature,
-                        sinkhorn_iterations=iterations, frozen=frozen) for view, other in pairs]
-    return (terms[0][1] + terms[1][1]) / 2  # cross-entropies
-
-@pytest.mark.parametrize("options", [(), (0.2, 0.5, 2)])
-def test_swav_equals_numpy_loop(options):
-    """Each view predicts the code of the other one. Codes carry no gradient."""
-    *views, prototypes = random_inputs(views=1)
-    leaf = prototypes.clone().requires_grad_()
-    loss, terms = pmsn.swav_loss(*views, leaf, *options)
-    loss.backward()
-    close(loss, numpy_swav(views, prototypes, prototypes, *options), 1e-6)
+    first, second, prototypes = random_inputs(views=1)
+    leaves = [prototypes.clone().requires_grad_() for _ in range(2)]
+    loss, terms = pmsn.swav_loss(first, second, leaves[0], *options)
+    temperature, epsilon, iterations = options or (0.1, 0.05, 3)
+    expected, _ = zip(*[
+        pmsn.pmsn_loss(*views, leaves[1], pmsn.power_law_prior(5, 0.0), temperature=temperature,
+                       sharpening=epsilon / temperature, sinkhorn_iterations=iterations,
+                       prior_weight=0.0)
+        for views in ((first, second), (second, first))])
+    close(loss, sum(expected) / 2, 1e-6)
     close(loss, terms["cross_entropy"], 0)
-    close(leaf.grad, finite_differences(
-        lambda x: numpy_swav(views, x, prototypes, *options), prototypes), 1e-5)
+    (loss + sum(expected) / 2).backward()
+    close(leaves[0].grad, leaves[1].grad, 1e-5)
+
+# ---- Wrong arguments -----------------------------------------------------------------------------
+NO_PRIORS = [[0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]), *map(torch.tensor, [  # two non-tensors
+    [0.5, 0.5, 0.0], [0.6, 0.6, -0.2], [0.5, 0.5, math.nan],
+    [0.4, 0.4, 0.4], [0.3, 0.3, 0.3],  # The sum is wrong.
+    [[0.5, 0.3, 0.2]], 1.0])]  # The rank is wrong.
+NO_BATCHES = [
+    ([50] * 12, 25, 3, 0, 1), ([50] * 12, 24, 3, 0, 5),  # no multiple of k, or of the processes
+    ([50] * 12, 26, 13), ([20, 20, 20, 3], 12, 3),  # 13 classes of 12; a class without a part
+    ([60, 20, 20], 30, 3)]  # Class 0 has more parts than there are batches.
+
+@pytest.mark.parametrize("function, arguments, message", [
+    (lambda x: pmsn.power_law_prior(5, x), [-0.1, math.inf, math.nan], "exponent|prior"),
+    (pmsn.class_prior, [[], [3, 0, 1], [3, math.inf]], "prior"),
+    (lambda x: pmsn.pmsn_loss(*random_inputs(num_prototypes=3), x), NO_PRIORS, "prior"),
+    (lambda x: pmsn.PMSN(SmallEncoder(), x), NO_PRIORS, "prior"),
+    (lambda x: pmsn.sharpen(torch.zeros(2, 3), x), [0.0, -1.0, 1.5, math.nan], "sharpening"),
+    (lambda x: small_vit()(torch.zeros(1, 3, *x)), [(30, 32), (32, 20), (4, 4)], "image sides"),
+    (lambda x: pmsn.augment_colors(torch.full((2, 3, 4, 4), x)), [-0.1, 1.1], "must lie in"),
+    (lambda x: pmsn.long_tail_indices(x, torch.ones(3) / 3), [torch.tensor([0, 1, 0])], "each of"),
+    (lambda x: pmsn.ClassBatchSampler(labels_of(x[0]), *x[1:]), NO_BATCHES, "classes")])
+def test_wrong_arguments_are_refused(function, arguments, message):
+    for wrong in arguments:
+        with pytest.raises(ValueError, match=message):
+            function(wrong)
