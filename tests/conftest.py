@@ -1,11 +1,9 @@
 """Tests, and the processes that they start, use one thread: on small tensors more threads wait."""
 
 import os
-import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # It mixes the lines of several processes.
-sys.path.append(f"{os.path.dirname(__file__)}/../extras")
 
 import torch
 

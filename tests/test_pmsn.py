@@ -136,7 +136,22 @@ def test_bfloat16_embeddings_get_the_float32_loss(name):
         got, _ = loss(*inputs)
     assert torch.equal(got, expected)
 
-# ---- Sharpening and Sinkhorn ---------------------------------------------------------------------
+def test_constant_answer_and_its_two_remedies():
+    """Every image answers pi (K = 10, exponent 1.5, T = .25), so the prior term is 0.
+
+    Plain sharpening makes s = pi^4 / sum(pi^4) the target, which costs only -sum(s log pi) = .71.
+    Relative sharpening and Sinkhorn make pi the target, so the collapse costs H(pi) = 1.63.
+    """
+    prior = pmsn.power_law_prior(10, 1.5).double()
+    # The prototypes are the axes. Off its mean, z is .1 log pi, and its length is 1.
+    z = 0.1 * (prior.log() - prior.log().mean())
+    z = (z + ((1 - z @ z) / 10).sqrt()).expand(6, -1)
+    for options, cost in (({}, 0.7098), ({"relative_sharpening": True}, 1.6281),
+                          ({"sinkhorn_iterations": 1}, 1.6281)):
+        _, terms = pmsn.pmsn_loss(z, z, torch.eye(10).double(), prior, **options)
+        close(terms["prior_kl"], 0, 1e-6)
+        close(terms["cross_entropy"], cost, 1e-4)
+
 # ---- Vision transformer --------------------------------------------------------------------------
 def small_vit(seed=0):
     torch.manual_seed(seed)

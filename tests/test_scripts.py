@@ -15,6 +15,7 @@ import mnist_corner
 import rcdm
 import toy_kmeans
 import train_inat
+import transfer
 import which_prior
 
 REPOSITORY = Path(__file__).parents[1]
@@ -101,13 +102,20 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (imbalance, "--images 100", "--data, --out or --batch_size: "),
     (imbalance, "--quick --lr 1e30", "the loss of SimCLR is not finite in epoch 1: try a lower"),
     (rcdm, "--models no", "no/results.json"),
+    (transfer, "--encoder random --task folder", "one --data per --task"),
+    (transfer, "--encoder random --task folder folder --data x x", "is given twice"),
+    (transfer, "--encoder /nowhere --task folder --data x", "--encoder /nowhere has no weights"),
+    (transfer, f"--encoder {__file__} --task folder --data x", "has no weights of a vision"),
+    *[(transfer, f"--encoder random --task {task} --data x", f"--data x must have {layout}")
+      for task, (_, layout) in transfer.TASKS.items()],
     *[(script, "--out /proc/x", "/proc/x")
-      for script in (mnist_corner, toy_kmeans, imbalance, rcdm, which_prior)]])
+      for script in (mnist_corner, toy_kmeans, imbalance, rcdm, which_prior, transfer)]])
 def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(imbalance, "measure", lambda *arguments: [0.0, 0.0])
     no_network = Mock(side_effect=RuntimeError("downloading:\nno route"))
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", no_network)
     with pytest.raises(SystemExit, match="^2$"):
         script.main(["--out", str(tmp_path), *options.split()])
-    _, line = capsys.readouterr().err.split("error: ")
+    _, line = capsys.readouterr().err.split("error: ", 1)
     assert message in line and line.count("\n") == 1
