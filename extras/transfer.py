@@ -4,11 +4,11 @@
     python extras/transfer.py --encoder runs/pmsn/encoder.pt runs/msn/encoder.pt random \
         --task folder clevr_count kitti_dist --data IMAGENET CLEVR KITTI --shots 1 2 5 13
     torchrun --nproc_per_node 8 extras/transfer.py ...    # eight GPUs compute the features
-    python extras/transfer.py --quick                     # tiny, after train_inat.py --quick
+    python extras/transfer.py --quick                     # tiny, runs train_inat.py --quick itself
 
 An encoder is encoder.pt of train_inat.py, a checkpoint of MSN, weights of a vision transformer of
 timm that expect the mean and the standard deviation of ImageNet, or `random`: untrained weights in
-the shape of the last of these. Every --task needs one folder in --data (see TASKS below):
+the shape of the last file in --encoder. Every --task needs one folder in --data (see TASKS below):
 
     folder        classes of ImageNet, Places205, or your own images (inat18: of iNaturalist 2018)
     cifar100      classes of CIFAR-100
@@ -19,7 +19,7 @@ the shape of the last of these. Every --task needs one folder in --data (see TAS
 Each encoder and task gets a linear probe, a k-NN classifier, and with --shots k a logistic
 regression on k images per class. If there are several encoders, the first two are compared. Run
 `pip install -e .` first. --out gets transfer.json, transfer.png (only for several encoders), and
-the features, which are not computed again for the same weights and images.
+the features, which are not computed again for the same weights and file names.
 """
 
 import argparse
@@ -46,7 +46,7 @@ NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of features 
 PENALTIES = (0.0, 1e-4, 1e-3, 1e-2)  # of the linear probe
 DRAWS = 3  # random choices of the images for --shots
 
-# ---- Tasks: training and test images. Each has a list of files and labels (n,) -------------------
+# ---- Tasks: [(images, labels (n,))] of training and test. Images are paths or a data set ---------
 def read_classes(data):
     """The classes of the data set itself: ImageNet, Places205, iNat18."""
     training, test = train_inat.find_images(data)
@@ -61,7 +61,7 @@ def read_cifar100(data):
     return [(split, torch.tensor(split.targets)) for split in splits]
 
 def read_item(dataset, index):
-    """An image of such a data set, uint8 (3, H, W)."""
+    """An image of a data set of torchvision, uint8 (3, H, W)."""
     image, _ = dataset[int(index)]
     return v2.functional.pil_to_tensor(image)
 
@@ -89,7 +89,7 @@ def read_kitti(data):
     """
     mapping = (data / "mapping" / "train_mapping.txt").read_text().splitlines()
     row_of_image = (data / "mapping" / "train_rand.txt").read_text().split(",")
-    videos = np.array([mapping[int(row) - 1].split()[1] for row in row_of_image])
+    videos = np.array([mapping[int(row) - 1].split()[1] for row in row_of_image])  # of all images
     all_videos = np.unique(videos)
     random = np.random.RandomState(123)  # the seed of TensorFlow Datasets
     test_videos = random.choice(all_videos, len(all_videos) // 10, replace=False)
@@ -130,7 +130,7 @@ def load_encoder(path):
     heads = ("fc.", "pred.", "head.")  # the first two of MSN, the last one of timm
     state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    grid = math.isqrt(state["pos_embed"].shape[1])  # There is one more, for CLS.
+    grid = math.isqrt(state["pos_embed"].shape[1])  # rounds down: one more is for CLS
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     encoder = pmsn.VisionTransformer(grid * patch_size, patch_size, dim, depth, NUM_HEADS[dim])
     encoder.load_state_dict(state)
@@ -224,7 +224,7 @@ def logistic_regression(features, labels, test_features, penalty=0.0025):
     return (test_features @ weight).argmax(dim=1)
 
 def predict(features, labels, test_features, args):
-    """{classifier: predictions (draws, Q)}, with one draw except for --shots. And the penalty."""
+    """{classifier: predictions (draws, Q)}, with one draw except for --shots, and the penalty."""
     linear, penalty = probe(features, labels, test_features, args.seed)
     knn = pmsn.knn_predictions(features, labels, test_features, min(20, len(features)))
     found = {"linear": linear[None], "k-NN": knn[None]}
@@ -242,7 +242,7 @@ def score(predictions, test_labels, labels):
     rows = []
     for predicted in predictions:
         row = train_inat.accuracies(predicted, test_labels, labels)
-        if len(row) == 2:  # "all", and one group that has all classes
+        if len(row) == 2:  # "all", and one group with the same images
             row = {"all": row["all"]}
         right = (predicted == test_labels).double()
         classes = [right[test_labels == c].mean().item() for c in test_labels.unique()]
@@ -253,13 +253,14 @@ def score(predictions, test_labels, labels):
     return means
 
 def compare(first, second, test_labels):
-    """By how many percent the first encoder is better, and the standard error of this number.
+    """By how many points the first encoder is better, and the standard error of this number.
 
-    Both have the same test images and draws, so it is the error of their difference (draws, Q).
+    Both predictions (draws, Q) are about the same images, so we take the spread of the difference.
     """
     difference = 100 * ((first == test_labels).double() - (second == test_labels).double())
     variance = difference.mean(dim=0).var() / len(test_labels)
     if len(difference) > 1:
+        # Other test images and other draws would both change the difference: variances add up.
         variance = variance + difference.mean(dim=1).var() / len(difference)
     return difference.mean().item(), variance.sqrt().item()
 
@@ -286,7 +287,7 @@ def plot(differences, encoders, path):
     ax.barh(names, means, xerr=errors, color="#2e86ab", capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=1)
-    ax.set_xlabel("difference of accuracies in percent, with two standard errors")
+    ax.set_xlabel("difference of accuracies in points, with two standard errors")
     better, worse = (means > errors).sum(), (means < -errors).sum()
     figure.suptitle(f"{encoders[0]} is better in {better} and worse in {worse}\n"
                     f"of {len(means)} comparisons with {encoders[1]}")
@@ -394,7 +395,7 @@ def main(argv=None):
     print_tables(results, differences)
     if differences:
         plot(differences, list(encoders), args.out / "transfer.png")
-    print(f"results and features are in {args.out}")
+    print(f"Results and features are in {args.out}")
 
 if __name__ == "__main__":
     main()
