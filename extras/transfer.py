@@ -139,9 +139,8 @@ def load_encoder(path):
 def random_encoder(like, seed):
     """Untrained weights in the shape of another encoder."""
     torch.manual_seed(seed)
-    depth, num_heads = len(like.blocks), like.blocks[0].attn.num_heads
     return pmsn.VisionTransformer(like.grid[0] * like.patch_size, like.patch_size, like.embed_dim,
-                                  depth, num_heads)
+                                  len(like.blocks), like.blocks[0].attn.num_heads)
 
 def prepare(encoder, images, task, out, name):
     """The data set of an encoder, and the file in which its features are kept."""
