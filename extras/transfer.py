@@ -23,12 +23,12 @@ the features, which are not computed again for the same weights and file names.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -142,29 +142,26 @@ def random_encoder(like, seed):
     return pmsn.VisionTransformer(like.grid[0] * like.patch_size, like.patch_size, like.embed_dim,
                                   len(like.blocks), like.blocks[0].attn.num_heads)
 
-def prepare(encoder, images, task, out, name):
-    """The data set of an encoder, and the file in which its features are kept."""
+def prepare(encoder, images, task, content, start):
+    """The data set of an encoder, and the file in which its features are kept: start_hash.pt."""
     size = encoder.grid[0] * encoder.patch_size
     # As in VTAB, these images are resized as a whole. A crop would lose objects.
     whole = task in ("clevr_count", "clevr_dist", "kitti_dist")
     transform = v2.Resize((size, size), antialias=True) if whole else train_inat.center_crop(size)
     if task == "cifar100":
-        read = functools.partial(read_item, images)
-        dataset = train_inat.Images(range(len(images)), transform, read)
+        dataset = train_inat.Images(range(len(images)), transform, partial(read_item, images))
     else:
         dataset = train_inat.Images(images, transform)
     # Other weights, images or crops, or another precision (bfloat16 on GPUs) get another file.
-    content = hashlib.sha1(repr((whole, torch.cuda.is_available())).encode())
+    content.update(repr((whole, torch.cuda.is_available())).encode())
     content.update("\n".join(map(str, dataset.paths)).encode())
-    for weight in encoder.state_dict().values():
-        content.update(weight.cpu().numpy().tobytes())
-    return dataset, out / f"{name}_{content.hexdigest()[:12]}.pt"
+    return dataset, Path(f"{start}_{content.hexdigest()[:12]}.pt")
 
 def compute(encoder, dataset, path, args, title):
     """Write the features (n, d) of all readable images, and the indices (n,) of these images."""
     # In place of labels, `extract` gets the indices, so it returns those of readable images.
     indices = torch.arange(len(dataset.paths))
-    watch = functools.partial(progress, title=title) if args.rank == 0 else iter
+    watch = partial(progress, title=title) if args.rank == 0 else iter
     found = train_inat.extract(encoder, dataset, indices, args.workers, args.rank, args.world_size,
                                watch)
     if args.rank == 0:
@@ -352,10 +349,13 @@ def main(argv=None):
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     # All processes compute the features that are missing. Two tasks can have the same features.
     files, missing = {}, {}
-    for name, task, data, *splits in tasks:
-        for encoder_name, encoder in encoders.items():
+    for encoder_name, encoder in encoders.items():
+        tensors = encoder.state_dict().values()
+        weights = hashlib.sha1(b"".join(weight.numpy().tobytes() for weight in tensors))
+        for name, task, data, *splits in tasks:
             for split, (images, _) in zip(("training", "test"), splits):
-                dataset, path = prepare(encoder, images, task, args.out, f"{data.name}_{split}")
+                start = args.out / f"{data.name}_{split}"
+                dataset, path = prepare(encoder, images, task, weights.copy(), start)
                 files[name, encoder_name, split] = path
                 if not path.exists():
                     missing[path] = encoder, dataset, f"{name}, {encoder_name}, {split} images"

@@ -459,6 +459,8 @@ def test_knn_equals_scikit_learn(options):
     expected = oracle.fit(features, labels).predict(test_features)
     got = pmsn.knn_predictions(features, labels, test_features, **options)
     assert got.tolist() == expected.tolist()
+    _, index = pmsn.nearest_neighbors(test_features, features, k)
+    assert index.tolist() == oracle.kneighbors(test_features)[1].tolist()
 
 def test_linear_probe_equals_scikit_learn():
     """Logistic regression without penalty. A linear map of the features must not matter."""

@@ -20,10 +20,7 @@ def write(path, text):
     path.write_text(text)
 
 def draw_clevr(folder, distances):
-    """Scenes with objects at these distances. The gray level is their number, the left is white.
-
-    Objects have more entries in the real files.
-    """
+    """Scenes with objects at these distances. The gray level is their number, the left is white."""
     for split, scenes in distances.items():
         content = []
         for i, scene in enumerate(scenes):
@@ -186,6 +183,7 @@ def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
         assert difference["mean"] == pytest.approx(first["all"] - second["all"])
     # Another run reads the features instead of computing them, and finds the same.
     monkeypatch.setattr(pmsn.VisionTransformer, "forward", None)
+    capsys.readouterr()  # The first run has printed this row too.
     transfer.main(["--encoder", str(folder / "encoder.pt"), "--task", "folder", "--data",
                    str(folder / "quick_images"), "--out", str(tmp_path)])
     again = json.loads((tmp_path / "transfer.json").read_text())
