@@ -57,11 +57,20 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
 
     Anchors are in view-major order: all images of the first view, then of the second view.
     Gradients reach anchors and prototypes. Averaged over GPUs, as DDP does, they are exact.
-    See `sinkhorn` and `sharpen` for the last two options. ValueError if a CPU prior is invalid.
+    See `sinkhorn` and `sharpen` for the last two options. Raises ValueError for shapes that do
+    not fit, for options out of their range, and for an invalid prior (see `check_prior`).
     """
     check_prior(prior)
+    matrices = [anchors, targets, prototypes]
+    if (any(x.ndim != 2 for x in matrices) or len({x.shape[1] for x in matrices}) > 1
+            or len(targets) == 0 or len(anchors) % len(targets) or len(prototypes) != len(prior)):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
+        raise ValueError("anchors (M*B, d), targets (B, d), prototypes (K, d) and prior (K,) must "
+                         f"fit, but they have the shapes {shapes}")
+    if not prior_weight >= 0:
+        raise ValueError(f"prior_weight must be at least 0, got {prior_weight}")
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
-    log_prior = prior.to(log_p).log().view(len(prototypes))  # (K,)
+    log_prior = prior.to(log_p).log()  # (K,)
     with torch.no_grad():
         log_target = log_predictions(targets, prototypes, temperature)  # (B, K)
         log_target = sharpen(log_target, sharpening, log_prior if relative_sharpening else 0.0)
@@ -85,7 +94,12 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
 
 def log_predictions(embeddings, prototypes, temperature):
     """log softmax(cosine(z, q) / temperature): (N, d), (K, d) -> (N, K)."""
+    check_temperature(temperature)
     return F.log_softmax(cosine(embeddings, prototypes) / temperature, dim=-1)
+
+def check_temperature(temperature):
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"a temperature must be positive, got {temperature}")
 
 def cosine(x, y):
     """The cosines of all pairs: (N, d), (n, d) -> (N, n), at least in float32."""
@@ -115,6 +129,8 @@ def sinkhorn(log_p, log_prior, iterations):
     MSN and SwAV do this with the uniform prior, which would undo any other prior in the loss.
     Logarithms are used because tiny predictions would become 0 otherwise. Rows sum to 1.
     """
+    if iterations < 0:
+        raise ValueError(f"sinkhorn_iterations must be at least 0, got {iterations}")
     for _ in range(iterations):
         largest = log_p.amax(dim=0)  # (K,)
         if num_ranks() > 1:
@@ -137,10 +153,13 @@ def mean_over_ranks(x):
 
 def check_prior(prior):
     """Raise ValueError unless the prior is a tensor (K,), positive, with sum 1."""
-    if not isinstance(prior, torch.Tensor) or prior.ndim != 1:
-        raise ValueError(f"a prior must be a tensor (K,), got {prior!r}")
+    if not isinstance(prior, torch.Tensor) or prior.ndim != 1 or not prior.is_floating_point():
+        raise ValueError(f"a prior must be a tensor (K,) of floats, got {prior!r}")
+    # In half precision a thousand rounded shares do not sum to 1 exactly.
+    tolerance = 1e-4 if torch.finfo(prior.dtype).bits >= 32 else 1e-2
     # On a GPU the values are not checked, because the CPU would have to wait for them.
-    if prior.device.type == "cpu" and not ((prior > 0).all() and abs(prior.sum() - 1) < 1e-4):
+    on_cpu = prior.device.type == "cpu"
+    if on_cpu and not ((prior > 0).all() and abs(prior.double().sum() - 1) < tolerance):
         raise ValueError(f"a prior must be positive and sum to 1, got {prior}")
 
 # ---- Vision transformer (Dosovitskiy et al., 2021), with the parameter names of timm -------------
@@ -204,9 +223,9 @@ class VisionTransformer(nn.Module):
         position = self.pos_embed[:, 1:]
         if tokens.shape[2:] != self.grid:
             # Focal views are smaller. Their position embeddings are interpolated, as in timm.
-            position = position.float().unflatten(1, self.grid).permute(0, 3, 1, 2)
+            position = at_least_float32(position).unflatten(1, self.grid).permute(0, 3, 1, 2)
             position = F.interpolate(position, tokens.shape[2:], mode="bicubic", antialias=True)
-            position = position.flatten(2).transpose(1, 2)
+            position = position.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
         return tokens.flatten(2).transpose(1, 2) + position
 
 def drop_patches(tokens, patch_drop):
@@ -247,7 +266,9 @@ class PMSN(nn.Module):
         super().__init__()
         check_prior(prior)
         self.encoder = encoder
-        self.head = head or projection_head(encoder.embed_dim, output_dim=output_dim)
+        if head is None:
+            head = projection_head(encoder.embed_dim, output_dim=output_dim)
+        self.head = head
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
         # Prototypes are parameters of this module, so that DDP averages their gradients too.
@@ -285,7 +306,11 @@ def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size
     """Random crops and flips of one image, uint8 (3, H, W). The defaults are those of MSN.
 
     Returns [target (1, 3, S, S), rand (rand_views, 3, S, S), focal (focal_views, 3, s, s)], uint8.
+    Raises ValueError without any rand view: then `PMSN.forward` would mask the focal views.
     """
+    if rand_views < 1 or focal_views < 0:
+        raise ValueError("rand_views must be at least 1 and focal_views at least 0, got "
+                         f"{rand_views} and {focal_views}")
     rand = v2.RandomResizedCrop(rand_size, rand_scale, antialias=True)
     focal = v2.RandomResizedCrop(focal_size, focal_scale, antialias=True)
     flip = v2.RandomHorizontalFlip()
@@ -424,45 +449,106 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 @torch.no_grad()
 def nearest_neighbors(queries, bank, k):
     """Cosines and indices (Q, k) of the k most similar rows of the bank (N, d), best first."""
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be from 1 to the {len(bank)} rows of the bank, got {k}")
     found = [cosine(block, bank).topk(k) for block in queries.split(1024)]
     cosines, indices = zip(*found)
     return torch.cat(cosines), torch.cat(indices)
 
 def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
-    """Classes (Q,) by weighted k-NN (Wu et al., 2018): votes weigh exp(cosine / temperature)."""
+    """Classes (Q,) by weighted k-NN (Wu et al., 2018): votes weigh exp(cosine / temperature).
+
+    Raises ValueError as `check_features` does, and if there are fewer than k features.
+    """
+    check_features(features, labels, test_features)
+    check_temperature(temperature)
     cosines, index = nearest_neighbors(test_features, features, k)
     weights = ((cosines - 1) / temperature).exp()  # - 1 avoids an overflow
     votes = weights.new_zeros(len(index), int(labels.max()) + 1)
-    votes = votes.scatter_add(1, labels[index], weights)
+    votes = votes.scatter_add(1, labels.long()[index], weights)
     return votes.argmax(dim=1)
 
+def linear_probe(features, labels, test_features, penalty=1.0):
+    """Classes (Q,) by logistic regression on standardized features: the linear probe.
+
+    The default penalty is that of scikit-learn. It matters if there are few images per dimension,
+    and hardly if there are many. Raises ValueError as `check_features` does.
+    """
+    check_features(features, labels, test_features)
+    x, test_x = (at_least_float32(x.detach()) for x in (features, test_features))
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    # A feature that is constant, up to rounding, says nothing. Divided by infinity, it becomes 0.
+    std = std.masked_fill(std <= 1e-5 * x.abs().amax(dim=0), math.inf)
+    weight, bias = logistic_regression((x - mean) / std, labels, penalty)
+    blocks = ((test_x - mean) / std).split(rows_per_block(bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.cat([(block @ weight + bias).argmax(dim=1) for block in blocks])
+
+@torch.inference_mode(False)
 @torch.enable_grad()
-def linear_probe(features, labels, test_features, seed=0, penalty=0.0):
-    """Classes (Q,) by softmax regression on whitened features, at least 1000 steps of Adam."""
-    std, mean = torch.std_mean(features, dim=0)
-    features, test_features = [(x - mean) / (std + 1e-6) for x in (features, test_features)]
-    # Without whitening, the steps are too few for directions in which features hardly vary.
-    variances, axes = torch.linalg.eigh(features.T.cov())  # (d,), (d, d)
-    whiten = axes / (variances + 1e-3).sqrt()
-    features, test_features = features @ whiten, test_features @ whiten
-    weight = features.new_zeros(features.shape[1], int(labels.max()) + 1, requires_grad=True)
-    bias = weight.new_zeros(weight.shape[1], requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias])
-    generator = torch.Generator().manual_seed(seed)
-    steps = max(1000, 30 * len(features) // 256)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        batch = torch.randint(len(labels), (256,), generator=generator).to(labels.device)
-        logits = features[batch] @ weight + bias
-        loss = F.cross_entropy(logits, labels[batch]) + penalty * weight.square().sum()
+def logistic_regression(features, labels, penalty, with_bias=True):
+    """Weights (d, C) and biases (C,) of the classes 0 to C - 1, by L-BFGS.
+
+    They minimize  sum(cross-entropy) + penalty / 2 * sum(weights^2), as scikit-learn's
+    LogisticRegression(C=1 / penalty). The biases have no penalty. Features (N, d), labels (N,).
+    """
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"penalty must be at least 0, got {penalty}")
+    # Clones can take part in a gradient, even if the originals are from torch.inference_mode.
+    x, labels = at_least_float32(features.detach()).clone(), labels.long().clone()
+    num_classes = int(labels.max()) + 1
+    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=with_bias)
+    parameters = [weight, bias] if with_bias else [weight]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=500, tolerance_grad=1e-5,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return (test_features @ weight + bias).argmax(dim=1)
+        objective = penalty / 2 / len(x) * weight.square().sum()
+        objective.backward()
+        total = objective.item()
+        # The logits of all images at once can be too large for the memory: (N, C).
+        rows = rows_per_block(bias)
+        for block, classes in zip(x.split(rows), labels.split(rows)):
+            loss = F.cross_entropy(block @ weight + bias, classes, reduction="sum") / len(x)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    with torch.autocast(x.device.type, enabled=False):
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+def rows_per_block(bias):
+    """How many rows of logits, (rows, C) for biases (C,), have 64 MiB in float32."""
+    return max(1, 2**24 // len(bias))
+
+def check_features(features, labels, test_features):
+    """Raise ValueError unless the classifiers above can use these features and labels.
+
+    Features (N, d) and (Q, d) must be finite, labels (N,) integers from 0. N must be at least 1.
+    """
+    for name, x in (("features", features), ("test features", test_features)):
+        if x.ndim != 2 or x.shape[1] != features.shape[1]:
+            raise ValueError(f"features (N, d) and test features (Q, d) must be matrices with the "
+                             f"same d, got {tuple(features.shape)}, {tuple(test_features.shape)}")
+        # One image with a feature that is not a number would decide the class of all test images.
+        if not x.isfinite().all():
+            raise ValueError(f"{int((~x.isfinite()).any(dim=1).sum())} of {len(x)} rows of the "
+                             f"{name} are not finite")
+    if labels.shape != features.shape[:1] or labels.is_floating_point() or len(labels) == 0:
+        raise ValueError(f"labels must be integers, one for each of {len(features)} features, got "
+                         f"{labels.dtype} of shape {tuple(labels.shape)}")
+    if labels.min() < 0:
+        raise ValueError(f"labels must be at least 0, got {labels.min()}. Leave unlabeled images "
+                         "out")
 
 # ---- The same hidden prior in three other losses: two views (B, d) -> (loss, terms) --------------
 def simclr_loss(first, second, temperature=0.1):
     """SimCLR (Chen et al., 2020). Its uniformity spreads the batch. All negatives are local."""
+    check_views(first, second)
+    check_temperature(temperature)
     z = torch.cat([first, second])
     similarity = cosine(z, z) / temperature  # (2B, 2B)
     alignment = -similarity.diagonal(len(first)).mean()
@@ -473,6 +559,9 @@ def simclr_loss(first, second, temperature=0.1):
 
 def vicreg_loss(first, second):
     """VICReg (Bardes et al., 2022). Its variance and covariance terms spread the batch."""
+    check_views(first, second)
+    if len(first) < 2:
+        raise ValueError("VICReg needs at least two images, because it takes their variance")
     first, second = at_least_float32(first), at_least_float32(second)
     variance, covariance = 0.0, 0.0
     for z in (first, second):
@@ -489,12 +578,25 @@ def vicreg_loss(first, second):
 
 def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn_iterations=3):
     """SwAV (Caron et al., 2020). Its codes use all prototypes equally. This spreads the batch."""
+    check_views(first, second)
+    check_temperature(epsilon)
+    if prototypes.ndim != 2 or prototypes.shape[1] != first.shape[1] or sinkhorn_iterations < 1:
+        raise ValueError(f"prototypes (K, {first.shape[1]}) and at least one Sinkhorn iteration "
+                         f"are needed, got {tuple(prototypes.shape)} and {sinkhorn_iterations}")
     log_uniform = -math.log(len(prototypes))  # the same for all prototypes
     loss = 0.0
     for view, other in ((first, second), (second, first)):  # each view predicts the other's code
         with torch.no_grad():
-            log_code = log_predictions(other, prototypes, epsilon)
+            # As in the published code, Sinkhorn begins with the scores themselves. A softmax
+            # before it would change the codes, because three iterations do not converge.
+            log_code = cosine(other, prototypes) / epsilon
             code = sinkhorn(log_code, log_uniform, sinkhorn_iterations).exp()
         log_p = log_predictions(view, prototypes, temperature)  # (B, K)
         loss = loss - (code * log_p).sum(dim=-1).mean() / 2
     return loss, {"cross_entropy": loss.detach()}
+
+def check_views(first, second):
+    """Raise ValueError unless these are two views (B, d) of the same images."""
+    if first.ndim != 2 or first.shape != second.shape or len(first) == 0:
+        raise ValueError("two views must both have the shape (B, d), got "
+                         f"{tuple(first.shape)} and {tuple(second.shape)}")

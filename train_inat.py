@@ -4,30 +4,51 @@
     torchrun --nproc_per_node 8 train_inat.py --data PATH       # eight GPUs of one machine
     python train_inat.py --quick                                # all of it in a minute, on a CPU
 
-PATH is iNaturalist 2018 as it is distributed (train2018.json, val2018.json, train_val2018/), or a
-folder with one folder of images per class, or a folder with two such folders, train and val.
+PATH is one of these:
+
+    iNaturalist    as it is distributed: train2018.json, val2018.json, train_val2018/ (or the same
+                   files of 2017, 2019 or 2021)
+    two folders    train/<class>/*.jpg and val/<class>/*.jpg (or validation/)
+    one folder     <class>/*.jpg, without an evaluation
+    with --list    the folder to which the paths in text files belong (ImageNet-LT, Places-LT)
+
 Labels serve the evaluation, --prior classes, --long_tail and --classes_per_batch, not the loss.
 
 --out gets checkpoint.pt after every epoch, and the same command continues from it. Everything
 random in an epoch depends only on seed, epoch, rank and --workers: a killed run repeats its
-epoch, bit for bit on CPUs. --out also gets encoder.pt (for timm), metrics.jsonl and two figures.
+epoch, bit for bit on CPUs. --out also gets metrics.jsonl, two figures, and encoder.pt: the weights
+of the target encoder with the parameter names of timm. It expects images that are normalized with
+the mean and the standard deviation of ImageNet (pmsn.IMAGENET_MEAN and IMAGENET_STD). The settings
+that timm has for vit_small_patch16_224 are others (0.5 and 0.5).
+
+This script runs on Linux and macOS.
 """
 
 import argparse
-import fcntl
+import datetime
+import errno
 import functools
+import hashlib
+import io
 import json
 import math
 import os
+import re
+import socket
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+# A notebook sets this to a backend of its own. Where it is not installed, importing matplotlib
+# fails. We only write files, and need no backend.
+os.environ.pop("MPLBACKEND", None)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,74 +57,318 @@ from torchvision.transforms import v2
 
 import pmsn
 
-MODELS = {"vit_micro": (96, 4, 3), "vit_tiny": (192, 12, 3),  # embed_dim, depth, num_heads
-          "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}
+MODELS = {  # embed_dim, depth, num_heads
+    "vit_micro": (96, 4, 3),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+}
 TERMS = ("loss", "cross_entropy", "prior_kl", "effective_prototypes")
 # A run can be continued with other values of these flags.
-FREE_FLAGS = ("data", "out", "workers", "eval_every", "compile", "checkpoint_activations")
+FREE_FLAGS = ("data", "list", "out", "workers", "eval_every", "compile", "checkpoint_activations")
+IMAGE_ENDINGS = torchvision.datasets.folder.IMG_EXTENSIONS  # .jpg, .png and so on
 
-# ---- Data ----------------------------------------------------------------------------------------
-def find_images(data):
-    """(paths, labels (N,)) of the training images, and of the validation images or None."""
-    as_json = (data / "train2018.json").exists()
-    read, ending = (read_json, "2018.json") if as_json else (read_folder, "")
-    train, val = data / f"train{ending}", data / f"val{ending}"
-    splits = [read(train if train.exists() else data), *([read(val)] if val.exists() else [])]
-    index = {name: i for i, name in enumerate(sorted(set(splits[0][1])))}
-    splits = [(paths, torch.tensor([index[c] for c in classes])) for paths, classes in splits]
-    return splits[0], splits[1] if val.exists() else None
 
-def read_json(file):
-    content = json.loads(file.read_text())
-    category = {a["image_id"]: a["category_id"] for a in content["annotations"]}
-    paths = [str(file.parent / image["file_name"]) for image in content["images"]]
-    return paths, [category[image["id"]] for image in content["images"]]
+# ---- Processes: torchrun starts one per GPU and sets these variables -----------------------------
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words):
+    """Print on the first process only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def fail(message, script="train_inat.py"):
+    """End the run with one line and exit status 2: something that the user can mend."""
+    if rank() > 0:
+        # Most mistakes are the same on all processes. Then the first one reports it, torchrun ends
+        # the others, and this process does not live to print it again.
+        time.sleep(5)
+        message = f"process {rank()}: {message}"
+    print(f"{script}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def start_processes():
+    """The device of this process. Processes of torchrun find each other."""
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    if world_size() > 1:
+        # Features and checkpoints go through the memory of the CPU, gradients through that of the
+        # GPU. The other processes wait while the first one trains a linear probe.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(hours=2))
+    return device
+
+
+def end_with_parent(parent):
+    """If torchrun is killed, its processes would go on, or wait for each other for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+# ---- Data: a split is (paths, classes), later (paths, labels (N,)) -------------------------------
+def find_images(data, lists=()):
+    """(paths, labels (N,)) of the training images, and of the validation images or None.
+
+    `lists` are text files in place of folders. Raises ValueError or OSError with the reason if
+    this is not a data set.
+    """
+    jsons = [path for path in sorted(data.glob("train*.json"))
+             if re.fullmatch(r"train(20\d\d)?\.json", path.name)]
+    if lists:
+        splits = [read_list(file, data) for file in lists]
+    elif len(jsons) > 1:
+        raise ValueError(f"there is more than one data set: {', '.join(x.name for x in jsons)}")
+    elif jsons:
+        val = jsons[0].with_name(jsons[0].name.replace("train", "val"))
+        splits = [read_json(file) for file in (jsons[0], val) if file == jsons[0] or val.exists()]
+    else:
+        splits = [read_folder(folder) for folder in find_folders(data)]
+    class_names = sorted(set(splits[0][1]))
+    index = {name: i for i, name in enumerate(class_names)}
+    for _, classes in splits:
+        unknown = set(classes) - set(class_names)
+        if unknown:
+            raise ValueError(f"class {unknown.pop()!r} of the validation images is missing in the "
+                             "training images")
+    training, *validation = [(paths, torch.tensor([index[name] for name in classes]))
+                             for paths, classes in splits]
+    return training, validation[0] if validation else None
+
+
+def find_folders(data):
+    """The folder of the training images, and that of the validation images if there is one."""
+    folders = {"train": [], "val": [], "test": []}
+    for path in sorted(data.iterdir()):
+        for name in folders:
+            known = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
+                     "test": ("test", "testing")}[name]
+            if path.name.lower() in known and path.is_dir():
+                folders[name].append(path)
+    for name, found in folders.items():
+        if len(found) > 1:
+            raise ValueError(f"which one is it: {' or '.join(path.name for path in found)}?")
+    if not folders["train"]:
+        if folders["val"] or folders["test"]:
+            raise ValueError(f"there is a folder {(folders['val'] + folders['test'])[0].name}, but "
+                             "no folder train")
+        return [data]
+    if folders["test"]:
+        say(f"{folders['test'][0].name} is not used: only train and val are")
+    return folders["train"] + folders["val"]
+
 
 def read_folder(folder):
-    def is_image(path):
-        return torchvision.datasets.folder.is_image_file(path) and Path(path).name[0] != "."
-    images = torchvision.datasets.ImageFolder(folder, is_valid_file=is_image)
-    return [path for path, _ in images.samples], [images.classes[i] for i in images.targets]
+    """Images of class folders, in the order of their names. Hidden files and folders are none."""
+    paths, classes = [], []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            found = image_files(entry, above=[os.path.realpath(folder)])
+            paths += found
+            classes += [entry.name] * len(found)
+    if not paths:
+        raise ValueError(f"{folder} has no folders with images ({', '.join(IMAGE_ENDINGS)})")
+    return paths, classes
+
+
+def image_files(folder, above):
+    """The paths of the images in a folder and in its subfolders. `above` are those above it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return []  # A symbolic link to a folder above would never end.
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.name.lower().endswith(IMAGE_ENDINGS):
+            if os.path.isdir(entry.path):
+                found += image_files(entry.path, [*above, real])
+        # A link that leads nowhere is an image that cannot be read. A named pipe is no image.
+        elif entry.is_file() if not entry.is_symlink() else not is_special(entry.path):
+            found.append(entry.path)
+    return found
+
+
+def is_special(path):
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def read_json(file):
+    """Images and categories of iNaturalist."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        category = {a["image_id"]: a["category_id"] for a in content["annotations"]}
+        paths = [os.path.join(file.parent, image["file_name"]) for image in content["images"]]
+        classes = [category[image["id"]] for image in content["images"]]
+        sorted(set(classes))  # numbers and words cannot be sorted
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file.name} must have images with id and file_name, and annotations "
+                         f"with image_id and category_id: {error!r:.200}") from error
+    if not paths:
+        raise ValueError(f"{file.name} has no images")
+    return paths, classes
+
+
+def read_list(file, folder):
+    """Lines "path label", as of ImageNet-LT and Places-LT. Paths are relative to the folder."""
+    lines = [line.rsplit(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()]
+    if not lines or not all(len(line) == 2 and line[1].isdecimal() for line in lines):
+        raise ValueError(f"every line of {file} must be a path and the number of a class")
+    return [os.path.join(folder, path) for path, _ in lines], [int(label) for _, label in lines]
+
 
 def decode(path):
-    """An image file as uint8 (3, H, W), turned as its EXIF orientation says."""
+    """An image file as uint8 (3, H, W), turned as its EXIF orientation says.
+
+    Gray levels of 16 bits lose their lower 8 bits. Raises an error if the file cannot be read.
+    """
+    if not os.path.isfile(path):  # Opening a named pipe would wait for ever.
+        raise OSError("there is no such file")
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
+        if sixteen_bits:
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            # Where is white? PIL would cut everything above 255 off.
+            raise OSError("it has gray levels of 32 bits, convert it to 8 bits")
+        image = image.convert("RGB")
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # A damaged EXIF field says nothing about the pixels.
+        pass
     return v2.functional.pil_to_tensor(image)
+
 
 class Images(Dataset):
     """Items (transformed image, index, readable). The next image replaces an unreadable one."""
 
     def __init__(self, paths, transform, read=decode):
-        self.paths = np.array(paths)  # Workers share an array, but they would copy a list.
+        # All workers share an array. A list of strings would be copied into each of them.
+        self.paths = np.array([os.fsencode(path) if isinstance(path, str) else path
+                               for path in paths])
         self.transform, self.read = transform, read
 
-    def __getitem__(self, index):
-        for shift in range(min(100, len(self.paths))):
-            path = str(self.paths[(index + shift) % len(self.paths)])
-            try:
-                return self.transform(self.read(path)), index, shift == 0
-            except Exception as error:  # A damaged file leads to many kinds of errors.
-                reason = f"{path}: {error}"
-        raise OSError(f"no image can be read, for example {reason}")
+    def __len__(self):
+        return len(self.paths)
 
-def name_unreadable(paths, indices, unreadable):
+    def path(self, index):
+        path = self.paths[index]
+        return os.fsdecode(path) if isinstance(path, bytes) else path
+
+    def __getitem__(self, index):
+        for shift in range(min(100, len(self))):
+            try:
+                image = self.read(self.path((index + shift) % len(self)))
+                break
+            except Exception:  # A damaged file leads to many kinds of errors.
+                pass
+        else:
+            image = torch.zeros(3, 64, 64, dtype=torch.uint8)  # black, in place of 100 images
+            shift = None
+        return self.transform(image), index, shift == 0
+
+
+def check_readable(images, name):
+    """Raise OSError if none of a hundred images can be read: was the archive unpacked?"""
+    reason = None
+    for index in range(0, len(images), max(1, len(images) // 100)):
+        try:
+            images.read(images.path(index))
+            return
+        except Exception as error:
+            reason = reason or f"{images.path(index)}: {error}"
+    raise OSError(f"no {name} image can be read, for example {reason}")
+
+
+def name_unreadable(images, indices, unreadable):
     """Name unreadable images once and add them to the set. More than 1% end the run."""
-    for path in sorted({paths[i] for i in indices.tolist()} - unreadable):
+    for path in sorted({images.path(i) for i in indices.tolist()} - unreadable):
         print(f"unreadable image: {path}", file=sys.stderr, flush=True)
         unreadable.add(path)
-    if len(unreadable) > max(1, len(paths) // 100):
-        fail(f"{len(unreadable)} of {len(paths)} images cannot be read, which is more than 1%")
+    if len(unreadable) > max(1, len(images) // 100):
+        fail(f"{len(unreadable)} of {len(images)} images cannot be read, which is more than 1%")
+
+
+def read_data(args):
+    """(paths, labels (N,)) of the training images, and of the validation images or None."""
+    training, validation = find_images(args.data, args.list)
+    check_readable(Images(training[0], None), "training")
+    if validation:
+        check_readable(Images(validation[0], None), "validation")
+    else:
+        say("there are no validation images, so there is no evaluation")
+    if args.long_tail is not None:
+        paths, labels = training
+        long_tail = pmsn.power_law_prior(len(labels.unique()), args.long_tail)
+        kept = pmsn.long_tail_indices(labels, long_tail)
+        training = [paths[i] for i in kept], labels[kept]
+    return training, validation
+
+
+def make_prior(labels, args):
+    """The prior (K,) of --prior, for training labels (N,)."""
+    if args.prior == "classes":
+        return pmsn.class_prior(torch.bincount(labels))
+    return pmsn.power_law_prior(args.prototypes, args.exponent)
+
+
+def make_batches(labels, args):
+    """The indices of the mini-batches of this process, and the function that shuffles an epoch."""
+    if args.classes_per_batch:
+        batches = pmsn.ClassBatchSampler(labels, args.batch_size, args.classes_per_batch, rank(),
+                                         world_size(), args.seed)
+        return batches, batches.set_epoch
+    sampler = DistributedSampler(labels, world_size(), rank(), seed=1_000_003 * args.seed,
+                                 drop_last=True)
+    batches = BatchSampler(sampler, args.batch_size // world_size(), drop_last=True)
+    if len(batches) == 0:
+        raise ValueError(f"--batch_size {args.batch_size} is more than {len(labels)} images")
+    return batches, sampler.set_epoch
+
 
 # ---- Recipe of MSN -------------------------------------------------------------------------------
+def view_options(args):
+    """The random crops of an image (a function), and the options of pmsn.make_views."""
+    sizes = {"rand_size": args.image_size, "focal_size": args.focal_size,
+             "focal_views": args.focal_views}
+    if args.image_size < 64:
+        # As is usual for CIFAR, crops of small images are larger, and they are not blurred.
+        crop = functools.partial(pmsn.multi_crop, **sizes, rand_scale=(0.4, 1.0),
+                                 focal_scale=(0.2, 0.6))
+        return crop, {"blur_p": 0.0}
+    return functools.partial(pmsn.multi_crop, **sizes), {}
+
+
+def make_model(args, prior):
+    """PMSN with random weights that depend on --seed only."""
+    torch.manual_seed(args.seed)
+    encoder = pmsn.VisionTransformer(args.image_size, args.patch_size, *MODELS[args.model])
+    hidden_dim = 512 if args.model == "vit_micro" else 2048
+    return pmsn.PMSN(encoder, prior, head=pmsn.projection_head(encoder.embed_dim, hidden_dim),
+                     patch_drop=args.patch_drop, sinkhorn_iterations=args.sinkhorn_iterations,
+                     relative_sharpening=args.relative_sharpening)
+
+
 def make_optimizer(model):
-    """AdamW, and the parameters whose gradient is clipped: those of encoder and head."""
+    """AdamW with two groups. Biases, norms and prototypes have no weight decay."""
     network = [*model.encoder.parameters(), *model.head.parameters()]
-    # Biases, norms and prototypes have no weight decay.
     decayed = {"params": [p for p in network if p.ndim > 1]}
-    others = [p for p in network if p.ndim <= 1] + [model.prototypes]
-    groups = [decayed, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=model.prototypes.is_cuda), network
+    others = {"params": [p for p in network if p.ndim <= 1] + [model.prototypes],
+              "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, others], fused=model.prototypes.is_cuda)
+
 
 def schedules(args, steps_per_epoch):
     """Learning rate, weight decay and EMA momentum of every step, (steps,) each."""
@@ -120,32 +385,125 @@ def schedules(args, steps_per_epoch):
     lr = np.where(step < warmup, rising, falling)
     return lr.tolist(), weight_decay.tolist(), ema_momentum.tolist()
 
+
+def set_epoch_seed(epoch, args):
+    """Everything random in an epoch follows from this, except the order of the images."""
+    # The seeds of two runs are far apart, because epochs and ranks are added to them.
+    torch.manual_seed(1_000_003 * args.seed + epoch * world_size() + rank())
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def train_one_epoch(model, network, loader, optimizer, schedule, epoch, args):
+    """Train for one epoch, numbered from 1.
+
+    `network` is the model, or DistributedDataParallel around it. `schedule` has (learning rate,
+    weight decay, EMA momentum) of all steps of the run. Returns the means of the terms over the
+    steps and all processes, and the mean prediction (K,).
+    """
+    device = model.prototypes.device
+    _, color_options = view_options(args)
+    # As in MSN, the gradient of the prototypes is not clipped.
+    clipped = [*model.encoder.parameters(), *model.head.parameters()]
+    sums = torch.zeros(len(TERMS), device=device)
+    mean_prediction = torch.zeros_like(model.prior)
+    unreadable = set()
+    start = last_print = time.time()
+
+    for i, (crops, index, readable) in enumerate(loader):
+        name_unreadable(loader.dataset, index[~readable], unreadable)
+        step = (epoch - 1) * len(loader) + i
+        lr, weight_decay, ema_momentum = schedule[step]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = weight_decay  # The other group has none.
+
+        crops = [crop.to(device, non_blocking=True) for crop in crops]
+        views = pmsn.make_views(crops, **color_options)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, terms = network(views)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(clipped, 3.0)
+        optimizer.step()
+        model.update_target(ema_momentum)
+
+        terms["loss"] = loss.detach() + 0 * norm  # 0 * nan is nan: this shows a bad gradient too
+        sums += torch.stack([terms[name] for name in TERMS])
+        mean_prediction += terms["mean_prediction"] / len(loader)
+        # The CPU has to wait for values of the GPU. So it reads them once per minute, and after
+        # the last step.
+        if time.time() - last_print > 60 and i + 1 < len(loader):
+            last_print = time.time()
+            print_progress(sums / (i + 1), i + 1, step, lr, start, len(schedule), args)
+
+    means = sums / len(loader)
+    if world_size() > 1:
+        dist.all_reduce(means)  # The cross-entropy is that of the images of this process.
+        means /= world_size()
+    print_progress(means, len(loader), step, lr, start, len(schedule), args)
+    # The loss and the gradient of each step come before its update, so we look at the weights too.
+    if not all(x.isfinite().all() for x in model.state_dict().values()):
+        fail(f"weights are not finite after epoch {epoch}: lower --lr and choose another --out")
+    return dict(zip(TERMS, means.tolist())), mean_prediction.cpu()
+
+
+def print_progress(means, steps_done, step, lr, start, steps, args):
+    """A row of the log: means of the epoch until now. A loss that is not finite ends the run."""
+    loss = means[0].item()
+    if not math.isfinite(loss):
+        fail("loss or gradient is not finite: lower --lr and choose another --out")
+    steps_per_second = steps_done / (time.time() - start)
+    epoch = (step + 1) * args.epochs / steps
+    row = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
+    say(row.format(epoch, *means.tolist(), lr, steps_per_second * args.batch_size,
+                   (steps - step - 1) / steps_per_second / 3600))
+
+
 # ---- Evaluation of the frozen target encoder -----------------------------------------------------
-def center_crop(size):
-    return v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
+def center_crop(image, size):
+    """The middle of an image: resized to 256 / 224 of the size, then cropped. (3, H, W) -> square.
+
+    A square is cut out first, because a strip of 1 x 20,000 pixels would become enormous.
+    """
+    square = v2.functional.center_crop(image, [min(image.shape[1:])])
+    resized = v2.functional.resize(square, [round(size * 256 / 224)], antialias=True)
+    return v2.functional.center_crop(resized, [size])
+
 
 @torch.no_grad()
-def extract(encoder, images, labels, workers, rank, world_size, watch=iter):
-    """Features (n, d) and labels (n,) of all readable images. `watch` can print the progress."""
-    device = encoder.cls_token.device
-    share = Subset(images, range(rank, len(labels), world_size))
+def extract(encoder, images, workers, watch=iter):
+    """Features (n, d) and indices (n,) of all readable images, for the first process.
+
+    Every process computes a share of them. The others return None. Features are on the device of
+    the encoder, indices on the CPU. `watch` can print progress.
+    """
+    device = next(encoder.parameters()).device
+    share = Subset(images, range(rank(), len(images), world_size()))
     unreadable, found = set(), []
+    was_training = encoder.training
+    encoder.eval()
     for crops, index, readable in watch(DataLoader(share, batch_size=256, num_workers=workers)):
-        name_unreadable(images.paths, index[~readable], unreadable)
+        name_unreadable(images, index[~readable], unreadable)
         crops = v2.functional.to_dtype(crops.to(device), torch.float32, scale=True)
         crops = v2.functional.normalize(crops, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features = encoder.forward(crops)  # `forward` is not compiled
-        found.append((index[readable], features.float().cpu()[readable]))
-    if world_size > 1:
-        shares = [None] * world_size
-        dist.all_gather_object(shares, found)
-        found = sum(shares, [])
-    indices, features = [torch.cat(parts) for parts in zip(*found)]
-    if len(labels) - len(indices) > max(1, len(labels) // 100):
-        fail(f"more than 1% of {len(labels)} images cannot be read")
+            features = encoder.forward(crops)  # `forward` itself is not compiled.
+        found.append((features.float().cpu()[readable], index[readable]))
+    encoder.train(was_training)
+    features, indices = [torch.cat(parts) for parts in zip(*found)] if found else (None, None)
+    if world_size() > 1:
+        shares = [None] * world_size() if rank() == 0 else None
+        dist.gather_object((features, indices), shares)
+        if rank() > 0:
+            return None
+        features, indices = [torch.cat([part for part in parts if part is not None])
+                             for parts in zip(*shares)]
+    if len(images) - len(indices) > max(1, len(images) // 100):
+        fail(f"{len(images) - len(indices)} of {len(images)} images cannot be read, which is more "
+             "than 1%")
     indices, order = indices.sort()  # the same order for any number of processes
-    return features[order].to(device), labels[indices].to(device)
+    return features[order].to(device), indices
+
 
 def accuracies(predicted, test_labels, labels):
     """Accuracy on all classes, and on those with many, medium and few training images."""
@@ -155,208 +513,189 @@ def accuracies(predicted, test_labels, labels):
     return {group: (predicted == test_labels)[chosen].double().mean().item()
             for group, chosen in groups.items() if chosen.any()}
 
-def evaluate(encoder, training, validation, args, *ranks):
-    """Accuracies of k-NN and of the linear probe."""
-    (features, labels), (test_features, test_labels) = [
-        extract(encoder, Images(paths, center_crop(args.image_size)), labels, args.workers, *ranks)
-        for paths, labels in (training, validation)]
-    knn = pmsn.knn_predictions(features, labels, test_features, min(20, len(features)))
-    linear = pmsn.linear_probe(features, labels, test_features)
-    return {f"{classifier}_{group}": accuracy
-            for classifier, predicted in (("knn", knn), ("linear", linear))
-            for group, accuracy in accuracies(predicted, test_labels, labels).items()}
 
-# ---- Checkpoints and figures ---------------------------------------------------------------------
-def fail(message):
-    print(f"train_inat.py: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def evaluate(encoder, training, validation, args):
+    """Accuracies of k-NN and of the linear probe, the same on all processes."""
+    crop = functools.partial(center_crop, size=args.image_size)
+    found = [extract(encoder, Images(paths, crop), args.workers)
+             for paths, _ in (training, validation)]
+    answer = [None]
+    if rank() == 0:
+        (features, labels), (test_features, test_labels) = [
+            (features, split[1][indices].to(features.device))
+            for (features, indices), split in zip(found, (training, validation))]
+        k = min(20, len(features))
+        knn = pmsn.knn_predictions(features, labels, test_features, k)
+        linear = pmsn.linear_probe(features, labels, test_features)
+        answer = [{f"{classifier}_{group}": accuracy
+                   for classifier, predicted in (("knn", knn), ("linear", linear))
+                   for group, accuracy in accuracies(predicted, test_labels, labels).items()}]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    return answer[0]
 
-def load(path, settings):
-    """The checkpoint of an earlier run with the same settings."""
+
+# ---- The folder of a run -------------------------------------------------------------------------
+def open_folder(args):
+    """Make --out and lock it. The lock lasts until the returned file is closed, or the process ends.
+
+    It is only for the first process.
+    """
+    import fcntl  # is missing on Windows
+
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock = open(args.out / "lock", "a+")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                lock.seek(0)
+                owner = lock.read().strip()
+                fail(f"another run writes to --out {args.out}: process {owner or 'unknown'}")
+            print(f"warning: {args.out} cannot be locked ({error.strerror}). Do not start two "
+                  "runs with the same --out", file=sys.stderr, flush=True)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+    except OSError as error:
+        fail(f"cannot write to --out {args.out}: {error.strerror}")
+    return lock
+
+
+def fingerprint(paths, labels, data):
+    """A hash of names and labels of all images, and of the content of a hundred of them."""
+    start = str(data) + os.sep
+    content = hashlib.sha256()
+    for path, label in zip(paths, labels.tolist()):
+        content.update(os.fsencode(path.removeprefix(start)) + b"\0%d\n" % label)
+    for path in paths[::max(1, len(paths) // 100)]:
+        try:
+            content.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        except OSError:
+            content.update(b"unreadable")
+    return content.hexdigest()[:16]
+
+
+def load_checkpoint(path, settings):
+    """The checkpoint of an earlier run with the same settings. Ends the run if it is another one."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not compare the checksums.
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        changed = [name for name in settings if state["settings"].get(name) != settings[name]]
+        # A flag that did not exist yet had the effect of its default.
+        old = {**vars(make_parser().parse_args([])), **state["settings"]}
+        changed = [name for name in settings if old.get(name, settings[name]) != settings[name]]
     except Exception as error:  # A damaged file leads to many kinds of errors.
-        fail(f"cannot read {path}. If it is damaged, delete it to start again ({error!r})")
+        fail(f"cannot read {path}. If it is damaged, delete it to start again ({error!r:.300})")
     if changed:
         fail(f"{path} has other settings ({', '.join(changed)}). Choose another --out")
     return state
 
-def save(state, out):
-    """Write all of --out. The checkpoint comes last: then a kill only repeats the epoch."""
-    prefix = "target_encoder."
-    encoder = {n.removeprefix(prefix): w for n, w in state["model"].items() if n.startswith(prefix)}
-    lines, temporary = [json.dumps(line) + "\n" for line in state["history"]], out / "temporary"
-    try:
-        torch.save(encoder, out / "encoder.pt")
-        (out / "metrics.jsonl").write_text("".join(lines))
-        plot(state, out)
-        torch.save(state, temporary)
-        os.replace(temporary, out / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # torch.save turns some errors into RuntimeError
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write to {out}, is the disk full? ({error})")
 
-def plot(state, out):
-    """training.png has the history. prototypes.png compares the last epoch with the prior."""
-    figure, axes = plt.subplots(1, 5, figsize=(17, 3.4), layout="constrained")
+def resume(model, optimizer, settings, args):
+    """Continue from --out on all processes: its history, one dictionary per epoch, and its usage."""
+    path = args.out / "checkpoint.pt"
+    state = [None]
+    if rank() == 0 and path.exists():
+        state = [load_checkpoint(path, settings)]
+    if world_size() > 1:
+        dist.broadcast_object_list(state, device=torch.device("cpu"))
+    if state[0] is None:
+        say(f"new run in {args.out}")
+        return [], None
+    model.load_state_dict(state[0]["model"])
+    optimizer.load_state_dict(state[0]["optimizer"])
+    history = state[0]["history"]
+    say(f"{args.out} continues after epoch {history[-1]['epoch']}")
+    return history, state[0]["usage"]
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then move the file: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".temporary")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some errors into RuntimeError.
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}, is the disk full? ({error})")
+
+
+def save_checkpoint(model, optimizer, history, usage, settings, out):
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "history": history, "usage": usage, "settings": settings}
+    write_whole(out / "checkpoint.pt", lambda path: torch.save(state, path))
+
+
+def save_outputs(model, history, usage, out):
+    """Write encoder.pt, metrics.jsonl and the figures."""
+    encoder = {name: weight.cpu() for name, weight in model.target_encoder.state_dict().items()}
+    write_whole(out / "encoder.pt", lambda path: torch.save(encoder, path))
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    write_whole(out / "metrics.jsonl", lambda path: path.write_text(lines))
+    write_figure(out / "training.png", plot_history, history)
+    write_figure(out / "prototypes.png", plot_usage, usage, model.prior.cpu())
+
+
+def write_figure(path, plot, *content):
+    """Write the figure plot(*content). If it cannot be drawn, there is a warning: it can wait."""
+    picture = io.BytesIO()
+    try:
+        plot(*content).savefig(picture, format="png", dpi=120)
+    except Exception as error:  # For example, a matplotlibrc asks for LaTeX, and there is none.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        print(f"warning: cannot draw {path.name}: {reason}", file=sys.stderr, flush=True)
+    else:
+        write_whole(path, lambda temporary: temporary.write_bytes(picture.getvalue()))
+
+
+def plot_history(history):
+    """Terms of the loss and accuracies over the epochs."""
+    figure = Figure(figsize=(17, 3.4), layout="constrained")
+    axes = figure.subplots(1, 5)
     for ax, name in [*zip(axes, TERMS), (axes[4], "knn_all"), (axes[4], "linear_all")]:
-        lines = [line for line in state["history"] if name in line]
+        lines = [line for line in history if name in line]
         ax.plot([line["epoch"] for line in lines], [line[name] for line in lines], label=name)
         ax.legend(frameon=False)
     figure.supxlabel("epoch (losses in nats, accuracy on validation images)")
-    figure.savefig(out / "training.png", dpi=120)
-    usage, prior = state["usage"], state["model"]["prior"].cpu()
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.loglog(range(1, len(prior) + 1), usage, ".", color="#d1495b", label="mean prediction")
-    ax.loglog(range(1, len(prior) + 1), prior, "k--", label="prior")
+    return figure
+
+
+def plot_usage(usage, prior):
+    """The mean prediction of the last epoch, (K,), beside the prior."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    number = range(1, len(prior) + 1)
+    ax.loglog(number, usage, ".", color="#d1495b", label="mean prediction")
+    ax.loglog(number, prior, "k--", label="prior")
     ax.set(xlabel="prototype", ylabel="share of the images",
            title=f"KL(use || prior) = {torch.xlogy(usage, usage / prior).sum():.3f} nats")
     ax.legend(frameon=False)
-    figure.savefig(out / "prototypes.png", dpi=120)
-    plt.close("all")
+    return figure
 
-# ---- Training ------------------------------------------------------------------------------------
-def main(argv=None):
-    args = parse(argv)
-    plt.switch_backend("Agg")  # needs no display
-    # torchrun sets these variables for each of its processes.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    seed = 1_000_003 * args.seed  # a distance between seeds, because the epoch is added to them
-    # Below 64 pixels, crops are larger and not blurred, as is usual for CIFAR.
-    small = args.image_size < 64
-    scales = {"rand_scale": (0.4, 1.0), "focal_scale": (0.2, 0.6)} if small else {}
-    crop = functools.partial(pmsn.multi_crop, rand_size=args.image_size, focal_size=args.focal_size,
-                             focal_views=args.focal_views, **scales)
-    try:
-        training, validation = find_images(args.data)
-        Images(training[0][:5], crop)[0]  # raises OSError if the data set was not unpacked
-        paths, labels = training
-        if args.long_tail is not None:
-            long_tail = pmsn.power_law_prior(len(labels.unique()), args.long_tail)
-            kept = pmsn.long_tail_indices(labels, long_tail)
-            paths, labels = training = [paths[i] for i in kept], labels[kept]
-        counts = torch.bincount(labels)
-        power_law = pmsn.power_law_prior(args.prototypes, args.exponent)
-        prior = pmsn.class_prior(counts) if args.prior == "classes" else power_law
-        sampler = DistributedSampler(labels, world_size, rank, seed=seed, drop_last=True)
-        batches = BatchSampler(sampler, args.batch_size // world_size, drop_last=True)
-        if args.classes_per_batch:
-            sampler = batches = pmsn.ClassBatchSampler(
-                labels, args.batch_size, args.classes_per_batch, rank, world_size, args.seed)
-        if len(batches) == 0:
-            raise ValueError(f"--batch_size {args.batch_size} is more than {len(paths)} images")
-    except KeyError as error:
-        fail(f"{error} is missing in --data {args.data}, or in its training images")
-    except (OSError, ValueError) as error:
-        fail(f"{error} (--data {args.data})")
-    loader = DataLoader(Images(paths, crop), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=cuda)
-    torch.manual_seed(args.seed)
-    encoder = pmsn.VisionTransformer(args.image_size, args.patch_size, *MODELS[args.model])
-    head = pmsn.projection_head(encoder.embed_dim, 512 if args.model == "vit_micro" else 2048)
-    model = pmsn.PMSN(encoder, prior, head=head, patch_drop=args.patch_drop,
-                      sinkhorn_iterations=args.sinkhorn_iterations,
-                      relative_sharpening=args.relative_sharpening).to(device)
-    if cuda and world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer, clipped = make_optimizer(model)
-    lr, weight_decay, ema_momentum = schedules(args, len(loader))
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    settings.update(processes=world_size, images_per_class=counts.tolist())
-    path = args.out / "checkpoint.pt"
-    state = [load(path, settings) if rank == 0 and path.exists() else None]
-    if world_size > 1:
-        dist.broadcast_object_list(state)
-    if state[0]:
-        model.load_state_dict(state[0]["model"])
-        optimizer.load_state_dict(state[0]["optimizer"])
-    history, unreadable = state[0]["history"] if state[0] else [], set()
-    if args.checkpoint_activations:
-        for block in model.encoder.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # fails on checkpointed blocks
-        model.encoder.compile(dynamic=False)
-        model.target_encoder.compile(dynamic=False)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    say(f"{len(paths)} images, {len(counts)} classes, {args.prior} prior, {len(prior)} prototypes, "
-        f"{world_size} x {device.type}, torch {torch.__version__}\n"
-        "   epoch     loss       CE       KL    eff.       lr  images/s  hours left")
-    for epoch in range(len(history), args.epochs + 1):
-        # Everything random in this epoch follows from these two lines.
-        torch.manual_seed(seed + epoch * world_size + rank)
-        sampler.set_epoch(epoch)
-        network = model
-        if world_size > 1:
-            # DDP changes the order of its sums after its first step. It gets a new wrapper in
-            # every epoch, so that a restarted run has the same order as one without a restart.
-            network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
-        line, sums, predictions = {"epoch": epoch}, 0.0, torch.zeros_like(model.prior)
-        start = shown = time.time()
-        # Epoch 0 has no steps. It evaluates the random weights.
-        for i, (crops, index, readable) in enumerate(loader if epoch else (), start=1):
-            name_unreadable(paths, index[~readable], unreadable)
-            step = (epoch - 1) * len(loader) + i - 1
-            optimizer.param_groups[0].update(lr=lr[step], weight_decay=weight_decay[step])
-            optimizer.param_groups[1]["lr"] = lr[step]
-            crops = [crop.to(device, non_blocking=True) for crop in crops]
-            views = pmsn.make_views(crops, blur_p=0.0 if small else 0.5)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                loss, terms = network(views)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(clipped, 3.0)
-            optimizer.step()
-            model.update_target(ema_momentum[step])
-
-            terms["loss"] = loss.detach() + 0 * norm  # 0 * nan is nan: shows a bad gradient too
-            sums += torch.stack([terms[name] for name in TERMS])
-            predictions += terms["mean_prediction"] / len(loader)
-            # The CPU has to wait for values of the GPU, so it reads them once per minute only.
-            if i == len(loader) or time.time() - shown > 60:
-                shown = time.time()
-                means = (sums / i).tolist()
-                if not math.isfinite(means[0]):
-                    fail(f"loss or gradient is not finite in epoch {epoch}: lower --lr, new --out")
-                line.update(zip(TERMS, means))
-                speed = i / (shown - start)  # steps per second
-                row = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
-                say(row.format((step + 1) / len(loader), *means, lr[step], speed * args.batch_size,
-                               (len(lr) - step - 1) / speed / 3600))
-        if validation and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            accuracy = evaluate(model.target_encoder, training, validation, args, rank, world_size)
-            say(f"{epoch:8}", *[f"{name} {value:.3f}" for name, value in accuracy.items()])
-            line.update(accuracy)
-        history.append(line)
-        if rank == 0 and epoch > 0:
-            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "history": history, "usage": predictions.cpu(), "settings": settings}, args.out)
-    say(f"{args.out}: checkpoint.pt encoder.pt metrics.jsonl training.png prototypes.png")
-    if world_size > 1:
-        dist.destroy_process_group()
 
 # ---- Command line --------------------------------------------------------------------------------
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number from low to high."""
+def number(kind, low, high=1e9):
+    """An argparse type: a number from low to high."""
     def number(text):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be finite, from {low} to {high}, got {text}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high:.10g}, got {text}")
         return value
     return number
 
-def parse(argv):
+
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail  # one line, and only once under torchrun
     add = parser.add_argument
     add("--data", type=Path, help="iNaturalist 2018, or a folder with folders of images")
+    add("--list", type=Path, nargs="+", default=[], metavar="FILE",
+        help="text files with lines 'path label', for training and validation: ImageNet-LT")
     add("--out", type=Path, help="folder of the run, runs/inat if it is not given")
     add("--model", default="vit_small", choices=MODELS, help="vision transformer")
     add("--patch_size", type=number(int, 1), default=16, help="pixels per side of a patch")
@@ -366,12 +705,16 @@ def parse(argv):
     add("--patch_drop", type=number(float, 0, 0.99), default=0.15, help="share of masked patches")
     add("--prior", default="power_law", choices=("power_law", "uniform", "classes"),
         help="uniform is MSN (add --sinkhorn_iterations 3); classes has one prototype per class")
-    add("--exponent", type=number(float, 0), default=0.25, help="of the power law; 0 is uniform")
-    add("--prototypes", type=number(int, 2), default=1024, help="number of prototypes")
+    add("--exponent", type=number(float, 0),
+        help="of --prior power_law, 0.25 if it is not given; 0 is uniform")
+    add("--prototypes", type=number(int, 2),
+        help="number of prototypes, 1024 if it is not given; not for --prior classes")
     add("--sinkhorn_iterations", type=number(int, 0), default=0, help="see pmsn.sinkhorn")
     add("--relative_sharpening", action="store_true", help="for exponents near 1: pmsn.sharpen")
     add("--long_tail", type=number(float, 0, 10), help="exponent of classes, by dropping images")
-    add("--classes_per_batch", type=number(int, 1), help="few classes per batch (paper, table 1)")
+    add("--classes_per_batch", type=number(int, 1),
+        help="few classes per batch (paper, table 1): every class needs at least batch_size / "
+             "classes_per_batch images, as in ImageNet and not in iNaturalist")
     add("--epochs", type=number(int, 1), default=300, help="the first twentieth is warm-up")
     add("--batch_size", type=number(int, 2), default=1024, help="images per step on all GPUs")
     add("--lr", type=number(float, 0), default=1e-3, help="highest learning rate")
@@ -382,39 +725,131 @@ def parse(argv):
     add("--eval_every", type=number(int, 1), default=10, help="epochs between evaluations")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the training")
     add("--quick", action="store_true", help="tiny model, random images")
+    return parser
+
+
+def parse(argv):
+    parser = make_parser()
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/quick" if args.quick else "runs/inat")
+    if args.out == Path(""):
+        parser.error("--out is empty or '.': it must be a folder of its own")
     if args.quick:
         args.data = args.out / "quick_images"
         vars(args).update(model="vit_micro", image_size=32, focal_size=16, patch_size=4, workers=1,
-                          focal_views=2, prototypes=16, batch_size=64, epochs=4, eval_every=2)
-        if args.out.exists() and not args.data.exists():
-            parser.error(f"--quick starts anew, but {args.out} is not from --quick")
-    args.exponent = 0.0 if args.prior == "uniform" else args.exponent
-    if args.data is None or args.out == Path(""):
-        parser.error("--data is missing (only --quick needs none), or --out is empty or .")
-    if args.image_size % args.patch_size or args.focal_size % args.patch_size:
-        parser.error("--image_size and --focal_size must be multiples of --patch_size")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world_size or args.quick and world_size > 1:
-        parser.error("--batch_size must be a multiple of the processes (with --quick only one)")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("RANK", 0)) == 0:
-            # The system releases this lock when the process ends, however it ends.
-            parse.lock = open(args.out / "lock", "w")
-            fcntl.lockf(parse.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if args.quick:
-            (args.out / "checkpoint.pt").unlink(missing_ok=True)
-            for i, (image, label) in enumerate(torchvision.datasets.FakeData(400, (3, 64, 64), 8)):
-                folder = args.data / ("train" if i % 5 else "val") / f"class{label}"
-                folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{i}.jpg")
-    except BlockingIOError:
-        parser.error(f"another run writes to --out {args.out}")
-    except OSError as error:
-        parser.error(f"cannot write or lock --out {args.out}: {error.strerror}")
+                          focal_views=2, prototypes=16, batch_size=64, epochs=4, eval_every=2,
+                          prior="power_law")
+        if world_size() > 1:
+            parser.error("--quick is for one process")
+    if args.data is None:
+        parser.error("--data is missing: only --quick needs none")
+    if len(args.list) > 2:
+        parser.error("--list takes one file for training and one for validation")
+    if args.prior != "power_law" and args.exponent is not None:
+        parser.error(f"--exponent is for --prior power_law, not for {args.prior}")
+    if args.prior == "classes" and args.prototypes is not None:
+        parser.error("--prior classes has one prototype per class: leave --prototypes out")
+    if args.exponent is None:
+        args.exponent = 0.0 if args.prior == "uniform" else 0.25
+    if args.prototypes is None:
+        args.prototypes = 1024
+    if args.image_size % args.patch_size:
+        parser.error("--image_size must be a multiple of --patch_size")
+    if args.focal_views and args.focal_size % args.patch_size:
+        parser.error("--focal_size must be a multiple of --patch_size")
+    if args.batch_size % world_size():
+        parser.error(f"--batch_size must be a multiple of the {world_size()} processes")
+    if args.batch_size < 2 * world_size():
+        parser.error("--batch_size must be at least two images per process, for BatchNorm")
     return args
 
+
+def draw_quick_images(args):
+    """Noise in class folders for --quick, which always starts anew."""
+    if any(path.name != "lock" for path in args.out.iterdir()) and not args.data.exists():
+        fail(f"--quick starts anew, but --out {args.out} is not from --quick")
+    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+    for i, (image, label) in enumerate(torchvision.datasets.FakeData(400, (3, 64, 64), 8)):
+        folder = args.data / ("train" if i % 5 else "val") / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.jpg")
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = start_processes()
+    cuda = device.type == "cuda"
+    lock = open_folder(args) if rank() == 0 else None
+    try:
+        if args.quick:
+            draw_quick_images(args)
+        training, validation = read_data(args)
+        paths, labels = training
+        prior = make_prior(labels, args)
+        batches, shuffle = make_batches(labels, args)
+    except (OSError, ValueError) as error:
+        fail(f"{error} (--data {args.data})")
+    crop, _ = view_options(args)
+    loader = DataLoader(Images(paths, crop), batch_sampler=batches, num_workers=args.workers,
+                        pin_memory=cuda)
+
+    model = make_model(args, prior).to(device)
+    if cuda and world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = make_optimizer(model)
+    schedule = list(zip(*schedules(args, len(loader))))
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    settings["processes"] = world_size()
+    if rank() == 0:
+        settings["images"] = fingerprint(paths, labels, args.data)
+    history, usage = resume(model, optimizer, settings, args)
+    if rank() == 0 and history:
+        # A file that a kill has left behind the checkpoint, or that somebody has deleted.
+        save_outputs(model, history, usage, args.out)
+    if args.checkpoint_activations:
+        for block in model.encoder.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # fails on checkpointed blocks
+        model.encoder.compile(dynamic=False)
+        model.target_encoder.compile(dynamic=False)
+
+    say(f"{len(paths)} images, {len(labels.unique())} classes, {args.prior} prior, "
+        f"{len(prior)} prototypes, {world_size()} x {device.type}, torch {torch.__version__}\n"
+        "   epoch     loss       CE       KL    eff.       lr  images/s  hours left")
+    network = model
+    history = history or [{"epoch": 0}]  # Epoch 0 has no steps. Its weights are random.
+    # The first epoch of the loop has been trained already. Its evaluation may be missing.
+    for epoch in range(history[-1]["epoch"], args.epochs + 1):
+        if epoch > history[-1]["epoch"]:
+            set_epoch_seed(epoch, args)
+            shuffle(epoch)
+            if world_size() > 1 and (network is model or not cuda):
+                # DDP changes the order of its sums after its first step. On CPUs it is made anew in
+                # every epoch, so that a restarted run has the bits of one without a restart.
+                network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
+            terms, usage = train_one_epoch(model, network, loader, optimizer, schedule, epoch, args)
+            history.append({"epoch": epoch, **terms})
+            if rank() == 0:
+                # The epoch is safe before anything else can go wrong.
+                save_checkpoint(model, optimizer, history, usage, settings, args.out)
+                save_outputs(model, history, usage, args.out)
+        is_due = epoch % args.eval_every == 0 or epoch == args.epochs
+        if validation and is_due and "knn_all" not in history[-1]:
+            accuracy = evaluate(model.target_encoder, training, validation, args)
+            say(f"{epoch:8}", *[f"{name} {value:.3f}" for name, value in accuracy.items()])
+            history[-1].update(accuracy)
+            if rank() == 0 and epoch > 0:
+                save_checkpoint(model, optimizer, history, usage, settings, args.out)
+                save_outputs(model, history, usage, args.out)
+    say(f"{args.out}: checkpoint.pt encoder.pt metrics.jsonl training.png prototypes.png")
+    if world_size() > 1:
+        dist.destroy_process_group()
+    if lock:
+        lock.close()
+
+
 if __name__ == "__main__":
+    # Names of files can have letters that a terminal cannot print.
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 8 extras/transfer.py ...    # eight GPUs compute the features
     python extras/transfer.py --quick                     # tiny, runs train_inat.py --quick itself
 
-An encoder is encoder.pt of train_inat.py, a checkpoint of MSN, weights of a vision transformer of
-timm that expect the mean and the standard deviation of ImageNet, or `random`: untrained weights in
-the shape of the last file in --encoder. Every --task needs one folder in --data (see TASKS below):
+An encoder is encoder.pt or checkpoint.pt of train_inat.py (its target encoder), a checkpoint of
+MSN, weights of a vision transformer of timm that expect the mean and the standard deviation of
+ImageNet, or `random`: untrained weights in the shape of the last file in --encoder. Every --task needs one folder in --data (see TASKS below):
 
     folder        classes of ImageNet, Places205, or your own images (inat18: of iNaturalist 2018)
     cifar100      classes of CIFAR-100
@@ -27,11 +27,11 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,12 @@ from torchvision.transforms import v2
 
 import pmsn
 import train_inat
-from train_inat import number
+from train_inat import number, rank, world_size, write_figure, write_whole
+
+from matplotlib.figure import Figure  # after train_inat, which makes it work in notebooks too
 
 NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of features of this dimension
-PENALTIES = (0.0, 1e-4, 1e-3, 1e-2)  # of the linear probe
+PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the linear probe
 DRAWS = 3  # random choices of the images for --shots
 
 # ---- Tasks: [(images, labels (n,))] of training and test. Images are paths or a data set ---------
@@ -55,7 +57,7 @@ def read_classes(data):
     return training, test
 
 def read_cifar100(data):
-    download = int(os.environ.get("WORLD_SIZE", 1)) == 1  # Several processes would collide.
+    download = world_size() == 1  # Several processes would collide.
     splits = [torchvision.datasets.CIFAR100(data, train, download=download)
               for train in (True, False)]
     return [(split, torch.tensor(split.targets)) for split in splits]
@@ -125,10 +127,19 @@ TASKS = {
 def load_encoder(path):
     """A vision transformer with the weights of a file. Its shape follows from the weights."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("target_encoder", state)  # of a checkpoint of MSN
-    state = {name.removeprefix("module."): weight for name, weight in state.items()}
+    for key in ("target_encoder", "model", "state_dict"):  # of checkpoints of MSN, ours, and others
+        state = state.get(key, state)
+    # These prefixes come from DistributedDataParallel, from torch.compile, and from pmsn.PMSN.
+    for prefix in ("module.", "_orig_mod.", "target_encoder.", "_orig_mod."):
+        inner = {name.removeprefix(prefix): weight for name, weight in state.items()
+                 if name.startswith(prefix)}
+        state = inner or state
     heads = ("fc.", "pred.", "head.")  # the first two of MSN, the last one of timm
     state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
+    if "patch_embed.proj.weight" not in state:
+        raise ValueError("expected names like patch_embed.proj.weight and blocks.0.norm1.weight, "
+                         "with or without the prefix target_encoder., as encoder.pt has them. "
+                         f"Found {', '.join(list(state)[:2])}")
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     grid = math.isqrt(state["pos_embed"].shape[1])  # rounds down: one more is for CLS
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
@@ -147,27 +158,23 @@ def prepare(encoder, images, task, content, start):
     size = encoder.grid[0] * encoder.patch_size
     # As in VTAB, these images are resized as a whole. A crop would lose objects.
     whole = task in ("clevr_count", "clevr_dist", "kitti_dist")
-    transform = v2.Resize((size, size), antialias=True) if whole else train_inat.center_crop(size)
+    transform = (v2.Resize((size, size), antialias=True) if whole else
+                 partial(train_inat.center_crop, size=size))
     if task == "cifar100":
         dataset = train_inat.Images(range(len(images)), transform, partial(read_item, images))
     else:
         dataset = train_inat.Images(images, transform)
     # Other weights, images or crops, or another precision (bfloat16 on GPUs) get another file.
     content.update(repr((whole, torch.cuda.is_available())).encode())
-    content.update("\n".join(map(str, dataset.paths)).encode())
+    content.update(dataset.paths.tobytes())
     return dataset, Path(f"{start}_{content.hexdigest()[:12]}.pt")
 
 def compute(encoder, dataset, path, args, title):
     """Write the features (n, d) of all readable images, and the indices (n,) of these images."""
-    # In place of labels, `extract` gets the indices, so it returns those of readable images.
-    indices = torch.arange(len(dataset.paths))
-    watch = partial(progress, title=title) if args.rank == 0 else iter
-    found = train_inat.extract(encoder, dataset, indices, args.workers, args.rank, args.world_size,
-                               watch)
-    if args.rank == 0:
-        temporary = path.with_suffix(".temporary")
-        torch.save(found, temporary)
-        os.replace(temporary, path)
+    watch = partial(progress, title=title) if rank() == 0 else iter
+    found = train_inat.extract(encoder, dataset, args.workers, watch)
+    if rank() == 0:
+        write_whole(path, lambda temporary: torch.save(found, temporary))
 
 def progress(loader, title):
     """The batches of the loader. Prints how many are done, and the time that is left."""
@@ -185,12 +192,12 @@ def probe(features, labels, test_features, seed):
     held_out, kept = order.tensor_split([len(order) // 5])
 
     def accuracy(penalty):
-        predicted = pmsn.linear_probe(features[kept], labels[kept], features[held_out], seed,
-                                      penalty)
+        predicted = pmsn.linear_probe(features[kept], labels[kept], features[held_out], penalty)
         return (predicted == labels[held_out]).float().mean()
+
     penalty = max(PENALTIES, key=accuracy)
     # The probe that is tested learns from all training images.
-    return pmsn.linear_probe(features, labels, test_features, seed, penalty), penalty
+    return pmsn.linear_probe(features, labels, test_features, penalty), penalty
 
 def draw_shots(labels, shots, seed):
     """Indices of `shots` random images per class, or of all images of a smaller class."""
@@ -199,24 +206,15 @@ def draw_shots(labels, shots, seed):
     shuffled = labels[order]
     return torch.cat([order[shuffled == c][:shots] for c in labels.unique()])
 
-def logistic_regression(features, labels, test_features, penalty=0.0025):
-    """The low-shot classifier of MSN: minimizes sum(CE) + penalty / 2 * |W|^2, without a bias.
+def low_shot(features, labels, test_features):
+    """The low-shot classifier of MSN: logistic regression with the penalty .0025 and without biases.
 
     As there, each feature vector is centered and gets unit length. MSN takes features before the
     last LayerNorm, and we take them after it, as in all our evaluations.
     """
     features, test_features = [F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
                                for x in (features, test_features)]
-    weight = features.new_zeros(features.shape[1], int(labels.max()) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=500, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(features @ weight, labels)
-        loss = loss + penalty / 2 / len(labels) * weight.square().sum()
-        loss.backward()
-        return loss
-    optimizer.step(closure)
+    weight, _ = pmsn.logistic_regression(features, labels, penalty=0.0025, with_bias=False)
     return (test_features @ weight).argmax(dim=1)
 
 def predict(features, labels, test_features, args):
@@ -228,7 +226,7 @@ def predict(features, labels, test_features, args):
         draws = []
         for draw in range(DRAWS):
             chosen = draw_shots(labels, shots, DRAWS * args.seed + draw)
-            draws.append(logistic_regression(features[chosen], labels[chosen], test_features))
+            draws.append(low_shot(features[chosen], labels[chosen], test_features))
         found[f"{shots}-shot"] = torch.stack(draws)
     return found, penalty
 
@@ -269,14 +267,15 @@ def print_tables(results, differences):
         print(f"{row['task']:<24}{row['classifier']:<10}" + "".join(f"{x:>9}" for x in cells)
               + f"  {row['encoder']}")
     if differences:
-        print("\nfirst encoder - second encoder (± standard error)")
+        print("\nfirst encoder - second encoder (+- standard error)")
     for row in differences:
-        print(f"{row['task']:<24}{row['classifier']:<10}{row['mean']:>+9.2f} ± "
+        print(f"{row['task']:<24}{row['classifier']:<10}{row['mean']:>+9.2f} +- "
               f"{row['standard_error']:.2f}")
 
-def plot(differences, encoders, path):
+def plot(differences, encoders):
     """How much better the first encoder is than the second: a bar per task and classifier."""
-    figure, ax = plt.subplots(figsize=(8, 2 + 0.35 * len(differences)), layout="constrained")
+    figure = Figure(figsize=(8, 2 + 0.35 * len(differences)), layout="constrained")
+    ax = figure.subplots()
     names = [f"{row['task']}, {row['classifier']}" for row in differences]
     means = np.array([row["mean"] for row in differences])
     errors = 2 * np.array([row["standard_error"] for row in differences])
@@ -287,13 +286,14 @@ def plot(differences, encoders, path):
     better, worse = (means > errors).sum(), (means < -errors).sum()
     figure.suptitle(f"{encoders[0]} is better in {better} and worse in {worse}\n"
                     f"of {len(means)} comparisons with {encoders[1]}")
-    figure.savefig(path)
+    return figure
 
 # ---- Command line --------------------------------------------------------------------------------
 def parse(argv):
     """The arguments, {name: encoder} and [(name, task, folder, training, test)] of all tasks."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = partial(train_inat.fail, script="transfer.py")
     add = parser.add_argument
     add("--encoder", nargs="+", default=[], help="files of weights, or random")
     add("--task", nargs="+", default=[], choices=TASKS, help="what the features are tested on")
@@ -304,8 +304,6 @@ def parse(argv):
     add("--seed", type=number(int, 0, 2**30), default=0, help="of random weights and of the shots")
     add("--quick", action="store_true", help="tiny network and images of train_inat.py --quick")
     args = parser.parse_args(argv)
-    args.rank = int(os.environ.get("RANK", 0))  # of torchrun
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -328,7 +326,7 @@ def parse(argv):
                 encoders[name] = like = load_encoder(name)
         except Exception as error:  # whatever a wrong file can cause
             parser.error(f"--encoder {name} has no weights of a vision transformer: {error!r:.200}")
-    encoders = {name: encoders.get(name) or random_encoder(like, args.seed)
+    encoders = {name: encoders[name] if name in encoders else random_encoder(like, args.seed)
                 for name in args.encoder}
     for name, task, data in zip(names, args.task, args.data):
         read, layout = TASKS[task]
@@ -340,13 +338,7 @@ def parse(argv):
 
 def main(argv=None):
     args, encoders, tasks = parse(argv)
-    plt.switch_backend("Agg")  # needs no display
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if args.world_size > 1:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    device = train_inat.start_processes()
     # All processes compute the features that are missing. Two tasks can have the same features.
     files, missing = {}, {}
     for encoder_name, encoder in encoders.items():
@@ -360,10 +352,10 @@ def main(argv=None):
                 if not path.exists():
                     missing[path] = encoder, dataset, f"{name}, {encoder_name}, {split} images"
     for path, (encoder, dataset, title) in missing.items():
-        compute(encoder.to(device).eval(), dataset, path, args, title)
-    if args.world_size > 1:
+        compute(encoder.to(device), dataset, path, args, title)
+    if world_size() > 1:
         torch.distributed.destroy_process_group()
-    if args.rank > 0:
+    if rank() > 0:
         return
 
     results, differences = [], []
@@ -371,7 +363,7 @@ def main(argv=None):
         answers = {}
         for encoder_name in encoders:
             (features, indices), (test_features, test_indices) = [
-                torch.load(files[name, encoder_name, split], map_location=device)
+                torch.load(files[name, encoder_name, split], map_location=device, weights_only=True)
                 for split in ("training", "test")]
             found, penalty = predict(features, labels.to(device)[indices], test_features, args)
             print(f"{name}, {encoder_name}: the linear probe has the penalty {penalty:g}")
@@ -390,11 +382,14 @@ def main(argv=None):
                 differences.append({**about, "mean": mean, "standard_error": error})
         content = {"config": {**vars(args), "torch": torch.__version__},
                    "results": results, "differences": differences}
-        (args.out / "transfer.json").write_text(json.dumps(content, indent=1, default=str))
+        text = json.dumps(content, indent=1, default=str)
+        write_whole(args.out / "transfer.json", lambda path: path.write_text(text))
     print_tables(results, differences)
     if differences:
-        plot(differences, list(encoders), args.out / "transfer.png")
+        write_figure(args.out / "transfer.png", plot, differences, list(encoders))
     print(f"Results and features are in {args.out}")
 
 if __name__ == "__main__":
+    # Names of files can have letters that a terminal cannot print.
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()

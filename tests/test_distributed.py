@@ -4,6 +4,8 @@ The prior is skewed and the processes have different data, so a mean over one pr
 The head has no BatchNorm, because nn.SyncBatchNorm does not run on CPUs.
 """
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -44,21 +46,20 @@ def train_two_steps(rank):
     return {"losses": torch.stack(losses), "terms": terms, "gradients": gradients,
             "state": model.state_dict()}
 
-class Gray(list):
-    """Seven gray images. They do not split evenly over two processes."""
-    paths = range(7)
-
-def features(rank, world_size):
+def features(count=7):
+    """Features of gray images, which do not split evenly over two processes."""
     torch.manual_seed(0)
     encoder = pmsn.VisionTransformer(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
-    images = Gray((torch.full((3, 16, 16), 30 * i, dtype=torch.uint8), i, True) for i in range(7))
-    return train_inat.extract(encoder, images, torch.arange(7), 0, rank, world_size)
+    images = train_inat.Images(range(count), lambda image: image, lambda i: torch.full(
+        (3, 16, 16), 30 * int(i), dtype=torch.uint8))
+    return train_inat.extract(encoder, images, 0)
 
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
                             rank=rank, world_size=WORLD_SIZE)
-    found = {**train_two_steps(rank), "features": features(rank, WORLD_SIZE)}
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    found = {**train_two_steps(rank), "features": features(), "one": features(count=1)}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -83,9 +84,11 @@ def test_training_with_two_processes_is_training_with_the_whole_batch(models):
         for name in ("prior_kl", "mean_prediction", "effective_prototypes"):
             close(model["terms"][name], whole["terms"][name], 1e-6)
 
-def test_two_processes_share_the_images_and_find_the_same_features(models):
-    expected, labels = features(0, 1)
-    assert labels.tolist() == [*range(7)] and len(expected.unique(dim=0)) == 7
-    for model in models:
-        close(model["features"][0], expected, 1e-7)
-        assert torch.equal(model["features"][1], labels)
+def test_the_first_of_two_processes_has_the_features_of_all_images(models):
+    """Also of a single image, which is too few for both processes."""
+    expected, indices = features()
+    assert indices.tolist() == [*range(7)] and len(expected.unique(dim=0)) == 7
+    close(models[0]["features"][0], expected, 1e-7)
+    assert torch.equal(models[0]["features"][1], indices)
+    close(models[0]["one"][0], expected[:1], 1e-7)
+    assert models[1]["features"] is None and models[1]["one"] is None

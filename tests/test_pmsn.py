@@ -70,8 +70,17 @@ def test_priors_by_hand():
     close(pmsn.power_law_prior(4, 0.0), [0.25] * 4, 0)
     close(pmsn.class_prior([1, 5, 2]), [0.625, 0.25, 0.125], 0)  # largest first
     assert pmsn.power_law_prior(1024, 0.25).dtype == torch.float32
-    with pytest.raises(RuntimeError, match="size 1"):  # There are 5 prototypes.
-        pmsn.pmsn_loss(*random_inputs(), torch.ones(1))
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_prototypes, exponent", [(5, 1.0), (1024, 0.25), (8142, 1.0)])
+def test_a_rounded_prior_is_still_a_prior(num_prototypes, exponent, dtype):
+    """After model.half() the shares are rounded. The loss is that of the unrounded prior."""
+    anchors, targets, _ = random_inputs()
+    prototypes = torch.randn(num_prototypes, 6, dtype=torch.float64)
+    prior = pmsn.power_law_prior(num_prototypes, exponent)
+    expected, _ = pmsn.pmsn_loss(anchors, targets, prototypes, prior)
+    loss, _ = pmsn.pmsn_loss(anchors, targets, prototypes, prior.to(dtype))
+    close(loss, expected, 1e-2)
 
 # ---- Loss ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [
@@ -199,6 +208,15 @@ def test_masks_are_uniform_and_independent():
     assert ((kept.T @ kept - 4000 * p) / sigma).abs().max() < 5
 
 # ---- PMSN ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_half_precision_features_of_smaller_images(dtype, atol):
+    """Position embeddings are interpolated in float32, and features keep the given dtype."""
+    vit, images = small_vit(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    expected = vit(images)
+    features = vit.to(dtype)(images.to(dtype))
+    assert features.dtype == dtype
+    close(features, expected, atol)
+
 class SmallEncoder(nn.Sequential):
     """A linear encoder with BatchNorm, for images (B, 3, 4, 4). Patch drop scales the features."""
 
@@ -273,6 +291,13 @@ def test_forward_is_the_loss_of_its_networks():
     model.loss_options["prior_weight"] = 0.0  # A schedule may change the options.
     loss, terms = model([target, masked, others])
     close(loss, terms["cross_entropy"], 0)
+
+@pytest.mark.parametrize("head", [
+    nn.Sequential(),  # is False as a truth value
+    torch.compile(nn.Linear(6, 6), backend="eager")])  # has no truth value
+def test_a_given_head_is_used(head):
+    model = pmsn.PMSN(SmallEncoder(), pmsn.power_law_prior(4, 1.0), head=head, output_dim=6)
+    assert model.head is head
 
 # ---- Views ---------------------------------------------------------------------------------------
 def random_images(batch, size):
@@ -462,21 +487,96 @@ def test_knn_equals_scikit_learn(options):
     _, index = pmsn.nearest_neighbors(test_features, features, k)
     assert index.tolist() == oracle.kneighbors(test_features)[1].tolist()
 
-def test_linear_probe_equals_scikit_learn():
-    """Logistic regression without penalty. A linear map of the features must not matter."""
+def standardize(x, test_x):
+    """Mean 0 and standard deviation 1 of the training features, 0 for constant ones."""
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
+    return [torch.where(std > 1e-5, (z - mean) / std, 0.0) for z in (x, test_x)]
+
+def few_and_many_dimensions(name):
+    """Four kinds of features (N, d) and labels: what is easy, correlated, unequal, and pixels."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(4000, 40, generator=generator)
+    if name == "groups":
+        labels = torch.arange(4000) % 10
+        return torch.randn(10, 40, generator=generator)[labels] + noise, labels
+    if name == "correlated":  # Variances fall by a factor of a million.
+        labels = torch.arange(4000) % 10
+        x = torch.randn(10, 40, generator=generator)[labels] + noise
+        return x * torch.logspace(0, -3, 40) @ torch.randn(40, 40, generator=generator), labels
+    if name == "long tail":  # Class c has a share of about 1 / c.
+        labels = (4000 ** torch.rand(4000, generator=generator)).log2().long()
+        return torch.randn(12, 40, generator=generator)[labels] + noise, labels
+    digits = pytest.importorskip("sklearn.datasets", reason="its handwritten digits").load_digits()
+    order = torch.randperm(len(digits.data), generator=generator)
+    pixels = torch.from_numpy(digits.data).float() @ torch.randn(64, 160, generator=generator)
+    return pixels.relu()[order], torch.from_numpy(digits.target)[order]
+
+@pytest.mark.parametrize("name", ["groups", "correlated", "long tail", "handwritten digits"])
+@pytest.mark.parametrize("images_per_dimension", [0.25, 1, 4, 10])
+def test_linear_probe_equals_scikit_learn(name, images_per_dimension):
+    """The same penalty, with as few images as a quarter of the dimensions, in three precisions."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the oracle")
-    features, labels, test_features, test_labels = overlapping_classes()
-    oracle = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(features, labels)
-    expected = torch.from_numpy(oracle.predict(test_features))
-    assert 0.5 < (expected == test_labels).double().mean() < 0.8
-    # The probe gets features that are mixed, scaled and shifted, and a constant feature.
-    mix = (torch.eye(32) + 1).double() * torch.logspace(-2, 2, 32)
-    x, test_x = (F.pad(10 + (x @ mix).float(), (0, 1), value=1.0)
-                 for x in (features, test_features))
-    got = pmsn.linear_probe(x, labels, test_x, seed=1)
-    with torch.no_grad():  # It trains here too, and a seed repeats.
-        assert torch.equal(got, pmsn.linear_probe(x, labels, test_x, seed=1))
-    assert (got == expected).double().mean() > 0.95
+    features, labels = few_and_many_dimensions(name)
+    n = min(int(images_per_dimension * features.shape[1]), len(labels) - 500)
+    x, test_x = features[:n], features[n:]
+    # Some labels may be missing among so few images. scikit-learn takes only those that exist.
+    labels, test_labels = labels[:n], labels[n:]
+    unit, test_unit = standardize(x, test_x)
+    for penalty in (1.0, 0.1):
+        oracle = linear_model.LogisticRegression(C=1 / penalty, max_iter=5000, tol=1e-6)
+        expected = torch.from_numpy(oracle.fit(unit.double(), labels).predict(test_unit.double()))
+        accuracy = (expected == test_labels).double().mean().item()
+        got = pmsn.linear_probe(x, labels, test_x, penalty)
+        assert (got == test_labels).double().mean().item() == pytest.approx(accuracy, abs=0.005)
+        assert (got == expected).double().mean() > 0.99
+    for dtype in (torch.float16, torch.bfloat16):
+        x16, test_x16 = ((x / x.std()).to(dtype) for x in (x, test_x))
+        oracle.fit(*(standardize(x16.double(), test_x16.double())[0], labels))
+        expected = oracle.score(standardize(x16.double(), test_x16.double())[1], test_labels)
+        got = pmsn.linear_probe(x16, labels, test_x16, penalty)
+        assert (got == test_labels).double().mean().item() == pytest.approx(expected, abs=0.01)
+
+def test_logistic_regression_has_no_gradient_in_float64():
+    """At the minimum the derivatives are 0. Classes 1 and 4 have no images."""
+    x, labels, *_ = overlapping_classes()
+    x, labels = x[:300], torch.tensor([0, 2, 3, 5])[labels[:300]]
+    for with_bias in (True, False):
+        weight, bias = pmsn.logistic_regression(x, labels, 2.0, with_bias)
+        error = (x @ weight + bias).softmax(dim=1) - F.one_hot(labels, 6)  # (300, 6)
+        close(x.T @ error + 2.0 * weight, torch.zeros(32, 6), 1e-2)
+        close(error.sum(dim=0) if with_bias else bias, torch.zeros(6), 1e-2)
+
+def test_many_classes_are_computed_in_blocks(monkeypatch):
+    """Blocks of two rows give the weights of one block with all rows."""
+    x, labels, test_x, _ = overlapping_classes()
+    arguments = x[:99], labels[:99], test_x
+    expected = pmsn.logistic_regression(*arguments[:2], 1.0), pmsn.linear_probe(*arguments)
+    monkeypatch.setattr(pmsn, "rows_per_block", lambda bias: 2)
+    found = pmsn.logistic_regression(*arguments[:2], 1.0), pmsn.linear_probe(*arguments)
+    close(found[0][0], expected[0][0], 1e-4)
+    close(found[0][1], expected[0][1], 1e-4)
+    assert torch.equal(found[1], expected[1])
+
+def test_the_probe_does_not_depend_on_where_it_is_called():
+    """In inference mode, without or with gradients, under autocast, with a graph behind features.
+
+    Shifts and scales of features do not matter, nor does a feature that is constant in training.
+    """
+    x, labels, test_x, _ = overlapping_classes()
+    x, test_x, labels = x[:200].float(), test_x.float(), labels[:200]
+    expected = pmsn.linear_probe(x, labels, test_x)
+    with torch.inference_mode():
+        assert torch.equal(pmsn.linear_probe(x * 1, labels * 1, test_x * 1), expected)
+    with torch.no_grad():
+        assert torch.equal(pmsn.linear_probe(x, labels.int(), test_x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pmsn.linear_probe(x, labels, test_x), expected)
+    graph = x.clone().requires_grad_() * 1
+    assert torch.equal(pmsn.linear_probe(graph, labels, test_x), expected)
+    scale = torch.logspace(-6, 6, 32)
+    moved, test_moved = (F.pad(scale * (10 + x), (0, 1), value=10.1) for x in (x, test_x))
+    moved, test_moved = F.pad(moved, (0, 1)), F.pad(test_moved, (0, 1), value=3.0)
+    assert (pmsn.linear_probe(moved, labels, test_moved) == expected).double().mean() > 0.99
 
 # ---- Other losses --------------------------------------------------------------------------------
 def test_simclr_is_the_cross_entropy_of_finding_the_other_view():
@@ -507,21 +607,36 @@ def test_vicreg_equals_numpy():
     close(loss, 25 * invariance + 25 * variance + covariance, 1e-9)
 
 @pytest.mark.parametrize("options", [(), (0.5, 0.2, 2)])
-def test_swav_is_pmsn_with_the_uniform_prior_on_both_views(options):
-    """Caron et al. 2020, equations 2 and 3. Codes are sharpened by epsilon / temperature."""
+def test_swav_equals_numpy(options):
+    """Caron et al. 2020, equations 2 and 3. The published code has exp(score / epsilon), first
+    divided by its sum, then by the sums of the prototypes and by the sums of the images."""
     first, second, prototypes = random_inputs(views=1)
-    leaves = [prototypes.clone().requires_grad_() for _ in range(2)]
-    loss, terms = pmsn.swav_loss(first, second, leaves[0], *options)
     temperature, epsilon, iterations = options or (0.1, 0.05, 3)
-    expected, _ = zip(*[
-        pmsn.pmsn_loss(*views, leaves[1], pmsn.power_law_prior(5, 0.0), temperature=temperature,
-                       sharpening=epsilon / temperature, sinkhorn_iterations=iterations,
-                       prior_weight=0.0)
-        for views in ((first, second), (second, first))])
-    close(loss, sum(expected) / 2, 1e-6)
+    views = [z.numpy() / np.linalg.norm(z, axis=1, keepdims=True) for z in (first, second)]
+    q = prototypes.numpy() / np.linalg.norm(prototypes, axis=1, keepdims=True)
+    expected = 0.0
+    for view, other in (views, views[::-1]):
+        code = np.exp(other @ q.T / epsilon)
+        code = numpy_sinkhorn(code / code.sum(), np.full(5, 1 / 5), iterations)
+        p = np.array([numpy_predict(z, prototypes.numpy(), temperature) for z in view])
+        expected -= (code * np.log(p)).sum(axis=1).mean() / 2
+    loss, terms = pmsn.swav_loss(first, second, prototypes, *options)
+    close(loss, expected, 1e-9)
     close(loss, terms["cross_entropy"], 0)
-    (loss + sum(expected) / 2).backward()
-    close(leaves[0].grad, leaves[1].grad, 1e-5)
+
+def test_swav_teaches_prototypes_and_both_views():
+    """Codes are constants: the gradient is that of the cross-entropy alone."""
+    leaves = [x.requires_grad_() for x in random_inputs(views=1)]
+    pmsn.swav_loss(*leaves)[0].backward()
+    with torch.no_grad():
+        codes = [pmsn.sinkhorn(pmsn.cosine(z, leaves[2]) / 0.05, math.log(1 / 5), 3).exp()
+                 for z in leaves[:2]]
+    again = [x.detach().clone().requires_grad_() for x in leaves]
+    for view, code in zip(again[:2], codes[::-1]):
+        p = (F.normalize(view) @ F.normalize(again[2]).T / 0.1).softmax(dim=1)
+        (-(code * p.log()).sum(dim=1).mean() / 2).backward()
+    for leaf, other in zip(leaves, again):
+        close(leaf.grad, other.grad, 1e-9)
 
 # ---- Wrong arguments -----------------------------------------------------------------------------
 NO_PRIORS = [[0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]), *map(torch.tensor, [  # two non-tensors
@@ -532,12 +647,65 @@ NO_BATCHES = [
     ([50] * 12, 25, 3, 0, 1), ([50] * 12, 24, 3, 0, 5),  # no multiple of k, or of the processes
     ([50] * 12, 26, 13), ([20, 20, 20, 3], 12, 3),  # 13 classes of 12; a class without a part
     ([60, 20, 20], 30, 3)]  # Class 0 has more parts than there are batches.
+NO_EMBEDDINGS = [  # anchors, targets, prototypes, prior
+    [(3, 4, 6), (4, 6), (5, 6), (5,)], [(12, 6), (4, 5, 6), (5, 6), (5,)],  # stacked, tokens
+    [(12, 6), (4, 6), (5, 1, 6), (5,)], [(12,), (4,), (5,), (5,)],
+    [(12, 6), (4, 7), (5, 6), (5,)], [(12, 6), (4, 6), (5, 1), (5,)],  # another dimension
+    [(12, 6), (5, 6), (5, 6), (5,)], [(12, 6), (0, 6), (5, 6), (5,)],  # 12 anchors of 5 images
+    [(12, 6), (4, 6), (5, 6), (4,)], [(12, 6), (4, 6), (5, 6), (1,)]]  # another K
+NO_VIEWS = [[(4, 6), (3, 6)], [(4, 6), (1, 6)], [(4, 6), (4, 1)], [(6,), (6,)],
+            [(4, 2, 6), (4, 2, 6)], [(0, 6), (0, 6)]]
+BAD_FEATURES = [  # features, labels, test features
+    [torch.ones(3, 2), torch.tensor([0, 1, -1]), torch.ones(1, 2)],
+    [torch.ones(3, 2), torch.tensor([0.0, 1.0, 1.0]), torch.ones(1, 2)],
+    [torch.ones(3, 2), torch.tensor([0, 1]), torch.ones(1, 2)],
+    [torch.ones(3, 2), torch.tensor([[0, 1, 1]]), torch.ones(1, 2)],
+    [torch.ones(0, 2), torch.tensor([], dtype=torch.long), torch.ones(1, 2)],
+    [torch.ones(3, 2), torch.tensor([0, 1, 1]), torch.ones(1, 3)],
+    [torch.ones(3), torch.tensor([0, 1, 1]), torch.ones(1)],
+    [torch.tensor([[0.0], [math.nan]]), torch.tensor([0, 1]), torch.ones(1, 1)],
+    [torch.ones(2, 1), torch.tensor([0, 1]), torch.tensor([[math.inf]])]]
+
+def ones(shapes):
+    return [torch.ones(shape) / (shape[0] or 1) for shape in shapes]
+
+def loss_with(**options):
+    return pmsn.pmsn_loss(*random_inputs(), pmsn.power_law_prior(5, 1.0), **options)
+
+def two_views(loss, **options):
+    return loss(*random_inputs(views=1)[:2], **options)
 
 @pytest.mark.parametrize("function, arguments, message", [
     (lambda x: pmsn.power_law_prior(5, x), [-0.1, math.inf, math.nan], "exponent|prior"),
     (pmsn.class_prior, [[], [3, 0, 1], [3, math.inf]], "prior"),
     (lambda x: pmsn.pmsn_loss(*random_inputs(num_prototypes=3), x), NO_PRIORS, "prior"),
     (lambda x: pmsn.PMSN(SmallEncoder(), x), NO_PRIORS, "prior"),
+    (lambda x: pmsn.pmsn_loss(*ones(x)), NO_EMBEDDINGS, "must fit, but they have the shapes"),
+    (lambda x: loss_with(temperature=x), [0, -1, math.nan, math.inf], "temperature"),
+    (lambda x: loss_with(sinkhorn_iterations=x), [-1], "sinkhorn_iterations"),
+    (lambda x: loss_with(prior_weight=x), [-1.0, math.nan], "prior_weight"),
+    (lambda x: two_views(pmsn.simclr_loss, temperature=x), [0, -1, math.nan], "temperature"),
+    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(3, 6).double(), temperature=x), [0, -1],
+     "temperature"),
+    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(3, 6).double(), epsilon=x), [0, -1],
+     "temperature"),
+    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(3, 6), sinkhorn_iterations=x),
+     [0, -1], "one Sinkhorn iteration"),
+    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(x)), [(3, 5), (6,), (3, 1)],
+     "prototypes"),
+    *[(lambda x, loss=loss: loss(*ones(x)), NO_VIEWS, "two views must")
+      for loss in (pmsn.simclr_loss, pmsn.vicreg_loss)],
+    (lambda x: pmsn.swav_loss(*ones(x), torch.ones(3, 6)), NO_VIEWS, "two views must"),
+    (lambda x: pmsn.vicreg_loss(*ones(x)), [[(1, 6), (1, 6)]], "at least two images"),
+    (lambda x: pmsn.multi_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), **x),
+     [{"rand_views": 0}, {"focal_views": -1}], "rand_views must be at least 1"),
+    (lambda x: pmsn.knn_predictions(*x, k=1), BAD_FEATURES, "labels|features"),
+    (lambda x: pmsn.linear_probe(*x), BAD_FEATURES, "labels|features"),
+    (lambda x: pmsn.knn_predictions(torch.eye(3), torch.arange(3), torch.eye(3), x), [0, 4], "k"),
+    (lambda x: pmsn.knn_predictions(torch.eye(3), torch.arange(3), torch.eye(3), 1, x), [0, -1],
+     "temperature"),
+    (lambda x: pmsn.linear_probe(torch.eye(3), torch.arange(3), torch.eye(3), x),
+     [-1.0, math.nan, math.inf], "penalty"),
     (lambda x: pmsn.sharpen(torch.zeros(2, 3), x), [0.0, -1.0, 1.5, math.nan], "sharpening"),
     (lambda x: small_vit()(torch.zeros(1, 3, *x)), [(30, 32), (32, 20), (4, 4)], "image sides"),
     (lambda x: pmsn.augment_colors(torch.full((2, 3, 4, 4), x)), [-0.1, 1.1], "must lie in"),

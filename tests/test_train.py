@@ -1,5 +1,9 @@
-"""train_inat.py: data, recipe, restarts after any death, faults of the data and of the machine."""
+"""train_inat.py: data, recipe, every step of the loop, restarts after any death, faults."""
 
+import copy
+import errno
+import fcntl
+import functools
 import json
 import math
 import multiprocessing
@@ -16,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -93,37 +98,172 @@ def undisturbed(data, tmp_path_factory):
     return out
 
 # ---- Data ----------------------------------------------------------------------------------------
-def test_folders_and_json_give_the_same_images(data, tmp_path):
-    """Category numbers have gaps. Other files, and files with a dot in front, are no images."""
-    shutil.copytree(data, tmp_path / "images")
+def write_json(folder, year, images):
+    """The files of iNaturalist of a year. Category numbers have gaps."""
     category = {"class0": 7, "class1": 30, "class2": 31, "class3": 400}
     for split in ("train", "val"):
-        files = sorted((tmp_path / "images" / split).rglob("*.jpg"), reverse=True)
-        names = [(9 * i, str(f.relative_to(tmp_path)), f.parent.name) for i, f in enumerate(files)]
+        files = sorted((images / split).rglob("*.jpg"), reverse=True)
+        names = [(9 * i, str(f.relative_to(folder)), f.parent.name) for i, f in enumerate(files)]
         content = {"images": [{"id": i, "file_name": name} for i, name, _ in names],
                    "annotations": [{"image_id": i, "category_id": category[c]}
                                    for i, _, c in names]}
-        (tmp_path / f"{split}2018.json").write_text(json.dumps(content))
-    shutil.copy(data / "train/class0/000.jpg", tmp_path / "images/train/class0/._000.jpg")
-    (tmp_path / "images/train/class1/notes.txt").write_text("not an image")
-    for split, other in zip(train_inat.find_images(tmp_path / "images"),
-                            train_inat.find_images(tmp_path)):
-        expected = {Path(path).name + str(int(c)) for path, c in zip(*split)}
-        assert {Path(path).name + str(int(c)) for path, c in zip(*other)} == expected
-        assert torch.bincount(split[1]).tolist() in (list(COUNTS), [2, 2, 2, 2])
-    assert train_inat.find_images(data / "train")[1] is None
+        (folder / f"{split}{year}.json").write_text(json.dumps(content))
 
-def test_images_are_turned_as_exif_says_and_have_three_channels(tmp_path):
-    left_red = np.zeros((8, 16, 3), np.uint8)
-    left_red[:, :8, 0] = 255
+@pytest.mark.parametrize("year", ["2018", "2017", "2019", ""])  # 2021 has no number
+def test_folders_json_and_lists_give_the_same_images(year, data, tmp_path):
+    shutil.copytree(data, tmp_path / "images")
+    write_json(tmp_path, year, tmp_path / "images")
+    lists = []
+    for split in ("train", "val"):
+        names = sorted((tmp_path / "images" / split).rglob("*.jpg"))
+        lines = [f"{name.relative_to(tmp_path)} {name.parent.name[-1]}\n" for name in names]
+        lists.append(tmp_path / f"{split}.txt")
+        lists[-1].write_text("".join(lines))
+    for splits in zip(train_inat.find_images(tmp_path / "images"),
+                      train_inat.find_images(tmp_path),
+                      train_inat.find_images(tmp_path, lists)):
+        expected, *others = [{(path, int(c)) for path, c in zip(*split)} for split in splits]
+        assert all(Path(path).parent.name == f"class{c}" for path, c in expected)
+        assert others == [expected, expected]
+        assert torch.bincount(splits[0][1]).tolist() in (list(COUNTS), [2, 2, 2, 2])
+    assert train_inat.find_images(data / "train")[1] is None
+    assert train_inat.find_images(tmp_path, lists[:1])[1] is None
+
+@pytest.mark.parametrize("names, validation", [
+    (["Train", "Val"], "Val"), (["training", "validation"], "validation"),
+    (["train", "VALID"], "VALID"), (["train", "test"], None), (["train"], None),
+    (["train", "val", "test"], "val")])
+def test_folders_of_other_names_are_validation_or_named(names, validation, tmp_path, capsys):
+    for name in names:
+        pixels = Image.new("RGB", (8, 8))
+        (tmp_path / name / "cat").mkdir(parents=True)
+        pixels.save(tmp_path / name / "cat" / "1.jpg")
+    (paths, _), found = train_inat.find_images(tmp_path)
+    assert paths == [str(tmp_path / names[0] / "cat" / "1.jpg")]
+    assert (found and found[0]) == (validation and [str(tmp_path / validation / "cat" / "1.jpg")])
+    assert ("test is not used" in capsys.readouterr().out) == ("test" in names)
+
+def test_only_files_in_visible_folders_are_images(tmp_path):
+    """Hidden files and folders, text, named pipes, and links to a folder above are none.
+
+    A linked folder and a linked image are. A link that leads nowhere is an unreadable image.
+    """
+    folder = tmp_path / "data"
+    for name in ("a/deep/1.jpg", "a/.2.jpg", ".ipynb_checkpoints/3.jpg", "b/notes.txt", "b/4.JPEG",
+                 "../elsewhere/5.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    os.mkfifo(folder / "a" / "pipe.jpg")
+    (folder / "b" / "pipe.jpg").symlink_to(folder / "a" / "pipe.jpg")
+    (folder / "a" / "again").symlink_to(folder / "a")
+    (folder / "a" / "deep" / "above").symlink_to(folder)
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    (folder / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "b" / "self.jpg").symlink_to(folder / "b" / "self.jpg")
+    (folder / "b" / "self").symlink_to(folder / "b" / "self")
+    (paths, labels), _ = train_inat.find_images(folder)
+    names = [str(Path(path).relative_to(folder)) for path in paths]
+    assert names == ["a/deep/1.jpg", "b/4.JPEG", "b/gone.jpg", "b/self.jpg", "c/5.png"]
+    assert labels.tolist() == [0, 1, 1, 1, 2]
+    for name in ("b/self.jpg", "b/gone.jpg", "a/pipe.jpg"):
+        with pytest.raises(OSError, match="no such file"):
+            train_inat.decode(str(folder / name))
+
+@pytest.mark.parametrize("content", [
+    None, [], 3, {"images": [], "annotations": []}, {"images": None, "annotations": []},
+    {"images": ["x.jpg"], "annotations": []}, {"images": [{"id": 3, "file_name": "x.jpg"}]},
+    {"images": [{"id": 3, "file_name": "x.jpg"}], "annotations": []},
+    {"images": [{"id": 3, "file_name": None}],
+     "annotations": [{"image_id": 3, "category_id": 1}]},
+    {"images": [{"id": 3, "file_name": "x.jpg"}],
+     "annotations": [{"image_id": 3, "category_id": [1]}]},
+    {"images": [{"id": i, "file_name": "x.jpg"} for i in range(2)],
+     "annotations": [{"image_id": 0, "category_id": 1}, {"image_id": 1, "category_id": "1"}]}])
+def test_json_of_another_kind_is_named(content, tmp_path):
+    (tmp_path / "train2019.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="train2019.json"):
+        train_inat.find_images(tmp_path)
+    (tmp_path / "train2019.json").write_text(json.dumps(content)[:-1] + "{")
+    with pytest.raises(ValueError, match="train2019.json"):  # half a file
+        train_inat.find_images(tmp_path)
+
+@pytest.mark.parametrize("text", ["", "a.jpg\n", "a.jpg cat\n", "a.jpg 1\n\nb.jpg 2\n", "a.jpg -1\n"])
+def test_lists_of_another_kind_are_named(text, tmp_path):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match="list.txt must be a path and the number of a class"):
+        train_inat.find_images(tmp_path, [tmp_path / "list.txt"])
+
+def left_red(mode="RGB"):
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8, 0] = 255
+    return Image.fromarray(pixels).convert(mode)
+
+def test_images_are_turned_as_exif_says(tmp_path):
+    """A damaged field beside the orientation, or nothing but noise in EXIF, changes no pixel."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # the image has to be turned by 90 degrees clockwise
-    Image.fromarray(left_red).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels = train_inat.decode(str(tmp_path / "turned.jpg"))
-    assert pixels.shape == (3, 16, 8) and pixels[0, :6].min() > 150 and pixels[0, -6:].max() < 100
-    for mode, name in (("L", "x.jpg"), ("CMYK", "y.jpg"), ("RGBA", "z.png"), ("P", "p.png")):
-        Image.new(mode, (20, 30)).save(tmp_path / name)
-        assert train_inat.decode(str(tmp_path / name)).shape == (3, 30, 20)
+    exif[0x0112] = 6  # The image has to be turned by 90 degrees clockwise.
+    left_red().save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    left_red().save(tmp_path / "turned.png", exif=exif)
+    damaged = exif.tobytes() + b"\xff" * 40
+    damaged = damaged[:14] + b"\x02" + damaged[15:]  # It says that there are two fields.
+    left_red().save(tmp_path / "half.jpg", exif=damaged, quality=95)
+    left_red().save(tmp_path / "noise.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95)
+    for name in ("turned.jpg", "turned.png"):
+        pixels = train_inat.decode(str(tmp_path / name))
+        assert pixels.shape == (3, 16, 8) and pixels[0, :6].min() > 150 > 100 > pixels[0, -6:].max()
+    assert train_inat.decode(str(tmp_path / "half.jpg")).shape in ((3, 8, 16), (3, 16, 8))
+    assert train_inat.decode(str(tmp_path / "noise.jpg")).shape == (3, 8, 16)
+
+@pytest.mark.parametrize("mode, name", [
+    ("L", "x.jpg"), ("CMYK", "y.jpg"), ("RGBA", "z.png"), ("P", "p.png"), ("1", "b.png"),
+    ("LA", "a.png"), ("RGB", "r.webp")])
+def test_all_images_have_three_channels(mode, name, tmp_path):
+    left_red(mode).save(tmp_path / name)
+    pixels = train_inat.decode(str(tmp_path / name))
+    assert pixels.shape == (3, 8, 16) and pixels.dtype == torch.uint8
+    assert pixels[0, :, :7].float().mean() > pixels[0, :, 9:].float().mean() + 50
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_keep_their_gray_levels(ending, tmp_path):
+    levels = np.tile(np.arange(256) * 257, (8, 1)).astype(np.uint16)  # 0 .. 65535
+    Image.fromarray(levels).save(tmp_path / f"ramp.{ending}")
+    pixels = train_inat.decode(str(tmp_path / f"ramp.{ending}"))
+    assert pixels.shape == (3, 8, 256) and pixels[1, 0].tolist() == [*range(256)]
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_other_deep_images_are_unreadable_and_not_white(dtype, tmp_path):
+    Image.fromarray(np.full((8, 8), 300, dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(OSError, match="32 bits"):
+        train_inat.decode(str(tmp_path / "deep.tif"))
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64), (31, 47)])
+def test_center_crop_is_the_usual_one(shape):
+    """Resize the shorter side to 256 / 224 of the size, crop. Only the order is another."""
+    smooth = F.interpolate(torch.rand(1, 3, 6, 6), shape, mode="bicubic").clamp(0, 1)[0]
+    image = (255 * smooth).to(torch.uint8)
+    expected = train_inat.v2.Compose([
+        train_inat.v2.Resize(32, antialias=True), train_inat.v2.CenterCrop(28)])(image)
+    found = train_inat.center_crop(image, 28)
+    assert found.shape == (3, 28, 28)
+    assert (found.float() - expected.float()).abs().mean() < 6  # of 255
+
+def test_a_strip_is_cropped_before_it_is_resized():
+    """Otherwise this strip would become an image of 256 x 51,200,000 pixels."""
+    strip = torch.zeros(3, 1, 200_000, dtype=torch.uint8)
+    assert train_inat.center_crop(strip, 224).shape == (3, 224, 224)
+    assert train_inat.center_crop(strip.mT, 224).shape == (3, 224, 224)
+
+def test_images_are_a_data_set(data):
+    """A loader can shuffle them. Names need not be UTF-8. An error of the transform is no fault
+    of the image."""
+    paths = sorted(map(str, (data / "train").rglob("*.jpg")))
+    images = train_inat.Images([*paths, "caf\udce9.jpg"], lambda image: image)
+    assert len(images) == 51 and images.path(0) == paths[0] and images.path(50) == "caf\udce9.jpg"
+    loader = torch.utils.data.DataLoader(images, batch_size=25, shuffle=True)
+    seen = [index for _, indices, _ in loader for index in indices.tolist()]
+    assert sorted(seen) == [*range(51)] and seen != sorted(seen)
+    with pytest.raises(ZeroDivisionError):
+        train_inat.Images(paths, lambda image: 1 / 0)[0]
 
 # ---- Recipe --------------------------------------------------------------------------------------
 def test_schedules_by_hand(tmp_path):
@@ -139,23 +279,177 @@ def test_schedules_by_hand(tmp_path):
         assert weight_decay == pytest.approx(decay)
         assert ema_momentum == pytest.approx(0.9 + 0.1 * (step - 1) / 50)
 
-def test_prototypes_and_vectors_have_no_weight_decay_and_prototypes_are_not_clipped():
+def test_prototypes_and_vectors_have_no_weight_decay():
     encoder = pmsn.VisionTransformer(16, 8, 12, 1, 3)
     model = pmsn.PMSN(encoder, pmsn.power_law_prior(5, 1.0), head=pmsn.projection_head(12, 8))
-    optimizer, clipped = train_inat.make_optimizer(model)
+    optimizer = train_inat.make_optimizer(model)
     decayed, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     assert optimizer.param_groups[1]["weight_decay"] == 0
     trained = [p for p in model.parameters() if p.requires_grad]
     assert decayed == {id(p) for p in trained if p.ndim > 1 and p is not model.prototypes}
     assert decayed | others == {id(p) for p in trained}
-    assert {id(p) for p in clipped} == {id(p) for p in trained if p is not model.prototypes}
+
+def arguments(tmp_path, *argv):
+    return train_inat.parse(["--data", "x", "--out", str(tmp_path), *argv])
 
 def test_defaults_are_the_published_recipe(tmp_path):
-    args = train_inat.parse(["--data", "x", "--out", str(tmp_path)])
+    args = arguments(tmp_path)
     expected = dict(model="vit_small", patch_size=16, image_size=224, focal_size=96, lr=1e-3,
                     focal_views=10, patch_drop=0.15, prototypes=1024, batch_size=1024, epochs=300,
                     ema_momentum=0.996, exponent=0.25, prior="power_law", sinkhorn_iterations=0)
-    assert expected.items() <= vars(args).items() and len(vars(args)) <= 25
+    assert expected.items() <= vars(args).items() and len(vars(args)) <= 26
+    # The crops are those of pmsn.multi_crop, and half of the views are blurred.
+    crop, color_options = train_inat.view_options(args)
+    image = torch.zeros(3, 300, 300, dtype=torch.uint8)
+    assert [x.shape[0::2] for x in crop(image)] == [(1, 224), (1, 224), (10, 96)]
+    assert color_options == {} and not {"rand_scale", "focal_scale"} & {*crop.keywords}
+    small = arguments(tmp_path, "--image_size", "32", "--focal_size", "16")
+    crop, color_options = train_inat.view_options(small)
+    assert color_options == {"blur_p": 0.0} and crop.keywords["rand_scale"] == (0.4, 1.0)
+
+def test_the_three_priors(tmp_path):
+    labels = torch.tensor([0, 1, 1, 1, 2, 2])
+    for argv, expected in (
+            (["--prior", "classes"], [1 / 2, 1 / 3, 1 / 6]),
+            (["--prior", "uniform", "--prototypes", "4"], [1 / 4] * 4),
+            (["--exponent", "1", "--prototypes", "3"], [6 / 11, 3 / 11, 2 / 11]),
+            (["--prototypes", "2"], [2**0.25 / (1 + 2**0.25), 1 / (1 + 2**0.25)])):
+        prior = train_inat.make_prior(labels, arguments(tmp_path, *argv))
+        torch.testing.assert_close(prior, torch.tensor(expected))
+
+# ---- Every step of the loop ----------------------------------------------------------------------
+STEPS = 20  # 4 epochs of 5 steps
+
+def train_in_float64(out, data, monkeypatch, *argv):
+    """Run train_inat.main. Returns the model before, and what each step gets to see: the crops,
+    their indices, and the state of the random numbers."""
+    models, indices, steps = [], [], []
+    make_model, make_views = train_inat.make_model, pmsn.make_views
+    getitem = train_inat.Images.__getitem__
+
+    def double_model(*args):
+        models.append(make_model(*args).double())
+        return copy.deepcopy(models[0])
+
+    def recorded_views(crops, **options):
+        steps.append((crops, indices[-10:], torch.get_rng_state()))
+        return [view.double() for view in make_views(crops, **options)]
+
+    def recorded_item(self, index):
+        indices.append(index)
+        return getitem(self, index)
+
+    monkeypatch.setattr(train_inat, "make_model", double_model)
+    monkeypatch.setattr(pmsn, "make_views", recorded_views)
+    monkeypatch.setattr(train_inat.Images, "__getitem__", recorded_item)
+    train_inat.main([*SMALL, "--data", str(data / "train"), "--out", str(out), "--epochs", "4",
+                     *argv])
+    monkeypatch.undo()
+    return models[0], steps
+
+def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentum=0.996, **options):
+    """MSN's recipe, without a function of train_inat. Trains the model."""
+    cosine = lambda start, end, share: end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    network = nn.ModuleList([model.encoder, model.head])
+    target = nn.ModuleList([model.target_encoder, model.target_head])
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in network.parameters() if p.ndim > 1]},
+        {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [model.prototypes], "weight_decay": 0.0}])
+    for t, (crops, _, random_state) in enumerate(steps, start=1):
+        # The warm-up is the first step.
+        lr = cosine(peak_lr, peak_lr / 1000, (t - 1) / (1.25 * STEPS - 1))
+        momentum = first_momentum + (1 - first_momentum) * (t - 1) / (1.25 * STEPS)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = cosine(0.04, 0.4, t / (1.25 * STEPS))
+        torch.set_rng_state(random_state)
+        views = [view.double() for view in pmsn.make_views(crops, blur_p=0.0)]
+        anchors = [model.head(model.encoder(views[1], patch_drop=patch_drop))]
+        anchors += [model.head(model.encoder(view)) for view in views[2:]]
+        targets = model.target_head(model.target_encoder(views[0]))
+        loss, _ = pmsn.pmsn_loss(torch.cat(anchors), targets, model.prototypes, prior, **options)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 3.0)
+        optimizer.step()
+        for slow, fast in zip(target.parameters(), network.parameters()):
+            slow.data = momentum * slow.data + (1 - momentum) * fast.data
+
+ALL_OPTIONS = [
+    "--prior", "classes", "--patch_drop", "0.5", "--sinkhorn_iterations", "2",
+    "--relative_sharpening", "--focal_views", "2", "--lr", "0.002", "--ema_momentum", "0.9",
+    "--seed", "3", "--checkpoint_activations"]
+
+@pytest.mark.parametrize("argv, prior, options", [
+    ([], [k**-0.25 for k in range(1, 7)], {}),
+    (ALL_OPTIONS, COUNTS, dict(patch_drop=0.5, peak_lr=0.002, first_momentum=0.9,
+                               sinkhorn_iterations=2, relative_sharpening=True))])
+def test_twenty_steps_equal_a_plain_loop(argv, prior, options, data, tmp_path, monkeypatch):
+    """In float64, with the same crops and random numbers: all weights and statistics agree.
+
+    Each epoch has all images once, in a new order, and no step has the random numbers of another.
+    """
+    if "classes" in argv:
+        monkeypatch.setattr(f"{__name__}.SMALL", [x for x in SMALL if x not in ("--prototypes", "6")])
+    model, steps = train_in_float64(tmp_path / "out", data, monkeypatch, *argv)
+    assert len(steps) == STEPS == len({tuple(state.tolist()) for _, _, state in steps})
+    epochs = [sum((index for _, index, _ in steps[i : i + 5]), []) for i in range(0, STEPS, 5)]
+    assert all(sorted(epoch) == [*range(50)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    before = copy.deepcopy(model.target_encoder.cls_token)
+    prior = torch.tensor(prior, dtype=torch.float64)
+    plain_loop(model, steps, (prior / prior.sum()).float(), **options)
+    found = checkpoint(tmp_path / "out")["model"]
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(found[name], expected, atol=1e-8, rtol=1e-8)
+    assert (found["target_encoder.cls_token"] - before).abs().max() > 1e-5
+
+def test_the_target_encoder_is_evaluated(data, tmp_path, monkeypatch):
+    """Its weights of that moment. Between two evaluations, both networks have moved."""
+    seen = []
+    monkeypatch.setattr(train_inat, "evaluate", lambda encoder, *_: seen.append(
+        copy.deepcopy(encoder.state_dict())) or {"knn_all": 0.5, "linear_all": 0.5})
+    train_inat.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "2",
+                     "--eval_every", "1", "--ema_momentum", "0.9"])
+    assert len(seen) == 3  # epochs 0, 1 and 2
+    model = checkpoint(tmp_path / "out")["model"]
+    for name, weight in seen[-1].items():
+        assert torch.equal(weight, model[f"target_encoder.{name}"])
+        assert not torch.equal(weight, model[f"encoder.{name}"])
+    assert not torch.equal(seen[0]["cls_token"], seen[1]["cls_token"])
+
+def test_two_processes_have_other_images_and_random_numbers_and_log_the_mean(data, tmp_path):
+    def record():
+        seen, plain_views, plain_loss = [], pmsn.make_views, pmsn.pmsn_loss
+
+        def make_views(crops, **options):
+            seen.append({"crops": crops[0], "random": torch.get_rng_state()})
+            return plain_views(crops, **options)
+
+        def pmsn_loss(*arguments, **options):
+            loss, terms = plain_loss(*arguments, **options)
+            seen[-1]["cross_entropy"] = terms["cross_entropy"]
+            torch.save(seen, tmp_path / f"{os.environ['RANK']}.pt")
+            return loss, terms
+        pmsn.make_views, pmsn.pmsn_loss = make_views, pmsn_loss
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    options = ["--data", data, "--epochs", 2]
+    finish(tmp_path / "out", *[start(tmp_path / "out", *options, rank=rank, world_size=2, port=port,
+                                     before=record) for rank in range(2)])
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(first) == len(second) == 10
+    states = {tuple(step["random"].tolist()) for step in first + second}
+    assert len(states) == 20
+    images = [image for step in first[:5] + second[:5] for image in step["crops"]]
+    assert len(images) == 50 and len(torch.stack(images).flatten(1).unique(dim=0)) == 50
+    for epoch in (1, 2):
+        steps = [step["cross_entropy"] for seen in (first, second)
+                 for step in seen[5 * epoch - 5 : 5 * epoch]]
+        mean = torch.stack(steps).mean().item()
+        assert metrics(tmp_path / "out")[epoch]["cross_entropy"] == pytest.approx(mean, rel=1e-5)
 
 # ---- Stopping and going on -----------------------------------------------------------------------
 def test_the_files_of_a_run(undisturbed):
@@ -172,27 +466,40 @@ def test_the_files_of_a_run(undisturbed):
     assert not torch.equal(weights["cls_token"], model["encoder.cls_token"])
 
 def break_save_of_epoch_2(how):
-    """The checkpoint meets a full disk, or a kill when half of it is written."""
+    """A full disk, or a kill when half of checkpoint.pt, or of encoder.pt, is written."""
+    saved = []
+
     def save(content, path, plain=torch.save):
-        of_epoch_2 = len(content.get("history", [])) == 3
+        saved.append(path.name)
+        of_epoch_2 = "history" in content and len(content["history"]) == 3
         if of_epoch_2 and how == "full disk":
             raise OSError(28, "No space left on device")
         plain(content, path)
-        if of_epoch_2:
+        after_epoch_2 = how == "kill at encoder.pt" and len(saved) == 4
+        if of_epoch_2 and how == "kill at checkpoint.pt" or after_epoch_2:
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
     torch.save = save
 
 def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_path):
-    """A kill during a save, a full disk, two kills at random moments. The last start runs to the
-    end. Epoch 1 has checkpointed activations: they change no bit, and the flag may change."""
+    """Kills during the two saves, a full disk, two kills at random moments. The last start runs to
+    the end. Epoch 1 has checkpointed activations: they change no bit, and the flag may change."""
     out, random = tmp_path / "out", np.random.default_rng()
-    run(out, "--data", data, "--checkpoint_activations", status=-signal.SIGKILL,
-        before=lambda: break_save_of_epoch_2("kill"))
-    assert len(checkpoint(out)["history"]) == 2
+    text = run(out, "--data", data, "--checkpoint_activations", status=-signal.SIGKILL,
+               before=lambda: break_save_of_epoch_2("kill at checkpoint.pt"))
+    assert f"new run in {out}" in text and len(checkpoint(out)["history"]) == 2
     text = run(out, "--data", data, status=2, before=lambda: break_save_of_epoch_2("full disk"))
+    assert f"{out} continues after epoch 1" in text
     assert "is the disk full?" in text.splitlines()[-1] and "Traceback" not in text
-    assert len(checkpoint(out)["history"]) == 2 and not (out / "temporary").exists()
+    assert len(checkpoint(out)["history"]) == 2 and not list(out.glob("*.temporary"))
+    first = torch.load(out / "encoder.pt", weights_only=True)
+    # The first of its four saves is that of the files of epoch 1, which it finds.
+    shutil.copytree(out, tmp_path / "again")
+    run(tmp_path / "again", "--data", data, status=-signal.SIGKILL,
+        before=lambda: break_save_of_epoch_2("kill at encoder.pt"))
+    whole = torch.load(tmp_path / "again" / "encoder.pt", weights_only=True)
+    assert not torch.equal(first["cls_token"], whole["cls_token"])
+    run(tmp_path / "again", "--data", data)
     for _ in range(2):
         process = start(out, "--data", data)
         time.sleep(random.uniform(0.2, 2.0))
@@ -200,6 +507,52 @@ def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_pat
         process.join()
     run(out, "--data", data)
     assert_same_run(undisturbed, out)
+    assert_same_run(undisturbed, tmp_path / "again")
+
+def test_a_failed_evaluation_loses_nothing_and_is_repeated(data, undisturbed, tmp_path):
+    """The evaluation of the last epoch runs out of memory. The next start evaluates that epoch."""
+    def break_evaluation(calls=iter(range(9)), plain=train_inat.evaluate):
+        def evaluate(*arguments):
+            if next(calls) == 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return plain(*arguments)
+        train_inat.evaluate = evaluate
+    text = run(tmp_path / "out", "--data", data, status=1, before=break_evaluation)
+    assert "out of memory" in text
+    assert len(checkpoint(tmp_path / "out")["history"]) == 4 == len(metrics(tmp_path / "out"))
+    text = run(tmp_path / "out", "--data", data)
+    assert "continues after epoch 3" in text and "linear_all" in text
+    assert_same_run(undisturbed, tmp_path / "out")
+
+def test_files_that_are_gone_come_back_from_the_checkpoint(data, undisturbed, tmp_path):
+    """Here figures cannot be drawn, which costs nothing but a warning."""
+    def break_figures():
+        def savefig(*_, **__):
+            raise RuntimeError("Failed to process string with tex\nbecause latex is not there")
+        train_inat.Figure.savefig = savefig
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    for name in ("encoder.pt", "metrics.jsonl", "training.png"):
+        (out / name).unlink()
+    text = run(out, "--data", data, before=break_figures)
+    assert "warning: cannot draw training.png: Failed to process string with tex\n" in text
+    assert "disk" not in text and not (out / "training.png").exists()
+    assert metrics(out) == metrics(undisturbed)
+    assert (out / "encoder.pt").read_bytes() == (undisturbed / "encoder.pt").read_bytes()
+    run(out, "--data", data)
+    assert min(Image.open(out / "training.png").size) > 300
+
+def torchrun(out, processes, *argv):
+    """The README's command for several machines, with restarts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--max-restarts", "3",
+               train_inat.__file__, *SMALL, *map(str, argv), "--out", str(out)]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                   "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+def children(pid):
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
 def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
@@ -211,19 +564,48 @@ def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     finish(one, *[start(one, *options, rank=rank, world_size=3, port=port) for rank in range(3)])
-    # The README's command, of which one process dies after the first epoch.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--max-restarts", "3",
-               train_inat.__file__, *SMALL, *options, "--out", two]
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                   "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+    process = torchrun(two, 3, *options)  # One of its processes dies after the first epoch.
     wait_for((two / "checkpoint.pt").exists)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0 and output.count("50 images") == 2
     assert_same_run(one, two)
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
+def test_processes_end_with_torchrun_and_free_the_folder(data, tmp_path):
+    """After kill -9 of torchrun they would train on, or wait for each other with the lock."""
+    process = torchrun(tmp_path / "out", 2, "--data", data / "train", "--epochs", 500)
+    wait_for((tmp_path / "out" / "checkpoint.pt").exists)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    wait_for(lambda: not any(is_running(pid) for pid in workers), seconds=10)
+    with open(tmp_path / "out" / "lock", "a") as lock:
+        wait_for(lambda: is_free(lock), seconds=10)
+
+def is_free(lock):
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+def is_running(pid):
+    """A zombie has ended. It only waits for somebody who asks for its exit status."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+def test_a_mistake_is_reported_once_by_torchrun(data, tmp_path):
+    """Not by each of the processes. --max-restarts would repeat it, so the README has it apart."""
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         train_inat.__file__, *SMALL, "--data", str(data), "--lr", "nan", "--out", str(tmp_path)],
+        text=True, capture_output=True, timeout=100)
+    assert process.stderr.count("train_inat.py: error: argument --lr: must be from") == 1
+    assert "Traceback (most recent call last):\n  File \"" + train_inat.__file__ not in process.stderr
 
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(data, undisturbed, tmp_path):
     def without_a_compiler(plain=nn.Module.compile):
@@ -250,34 +632,108 @@ def test_an_unreadable_image_is_named_and_more_than_one_percent_end_the_run(spli
     assert "2 of 120 images cannot be read, which is more than 1%" in text.splitlines()[-1]
 
 def test_unreadable_images_have_no_features(tmp_path):
+    """In training, the next image takes its place."""
     folder = draw(tmp_path, (4, 4))
     (folder / "train/class0/002.jpg").write_text("no image")
-    (paths, labels), _ = train_inat.find_images(folder)
-    images = train_inat.Images(paths, train_inat.center_crop(16))
-    encoder = pmsn.VisionTransformer(16, 8, 12, 1, 3)
-    features, labels = train_inat.extract(encoder, images, labels, 0, 0, 1)
-    assert len(features) == 7 and labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    (paths, _), _ = train_inat.find_images(folder)
+    images = train_inat.Images(paths, functools.partial(train_inat.center_crop, size=16))
+    features, indices = train_inat.extract(pmsn.VisionTransformer(16, 8, 12, 1, 3), images, 0)
+    assert len(features) == 7 and indices.tolist() == [0, 1, 3, 4, 5, 6, 7]
     replaced, index, readable = images[2]
     assert (index, readable) == (2, False) and torch.equal(replaced, images[3][0])
+
+def test_a_hundred_unreadable_neighbors_become_black():
+    """They may be less than 1% of the images, so the run goes on."""
+    def read(path):
+        if path == 0 or 20 <= path < 170:
+            raise OSError
+        return torch.full((3, 16, 16), 7, dtype=torch.uint8)
+    images = train_inat.Images(range(20_000), lambda image: image, read)
+    assert images[19][0].float().mean() == 7 == images[100][0].float().mean()
+    black, index, readable = images[50]
+    assert (index, readable) == (50, False) and black.max() == 0
+    train_inat.check_readable(images, "training")
+
+def test_features_are_those_of_evaluation_mode():
+    """An encoder with BatchNorm uses its statistics, and is in training mode again afterwards."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))
+    images = train_inat.Images(range(3), lambda image: image, lambda i: torch.full(
+        (3, 8, 8), 50 * int(i), dtype=torch.uint8))
+    features, _ = train_inat.extract(encoder, images, 0)
+    pixels = torch.tensor([0, 50, 100]) / 255
+    mean, std = torch.tensor([pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD])
+    x = ((pixels[:, None] - mean) / std).repeat_interleave(64, dim=1)
+    expected = encoder[1](x) / math.sqrt(1 + 1e-5)
+    torch.testing.assert_close(features, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert encoder.training and encoder[2].num_batches_tracked == 0
 
 def test_a_step_that_is_not_finite_is_not_saved(data, tmp_path):
     """The last gradient of the second epoch is not finite, when all losses of the epoch were."""
     def break_step_10(norms=iter([1.0] * 9 + [math.nan])):
         nn.utils.clip_grad_norm_ = lambda *_: next(norms)
     text = run(tmp_path / "out", "--data", data / "train", before=break_step_10, status=2)
-    assert text.splitlines()[-1] == ("train_inat.py: error: loss or gradient is not finite in "
-                                     "epoch 2: lower --lr, new --out")
+    assert text.splitlines()[-1] == ("train_inat.py: error: loss or gradient is not finite: lower "
+                                     "--lr and choose another --out")
     assert len(checkpoint(tmp_path / "out")["history"]) == 2
 
-def test_other_settings_other_data_and_damage_are_refused(data, undisturbed, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+    """The last update of the second epoch breaks the weights, after finite loss and gradient."""
+    def break_step_10(steps=iter(range(1, 16)), plain=torch.optim.AdamW.step):
+        def step(self):
+            plain(self)
+            if next(steps) == 10:
+                self.param_groups[1]["params"][0].data.fill_(math.inf)
+        torch.optim.AdamW.step = step
+    text = run(tmp_path / "out", "--data", data / "train", before=break_step_10, status=2)
+    assert "error: weights are not finite after epoch 2" in text.splitlines()[-1]
+    assert len(checkpoint(tmp_path / "out")["history"]) == 2
+
+def test_other_settings_are_refused(data, undisturbed, tmp_path):
     out = shutil.copytree(undisturbed, tmp_path / "out")
-    text = run(out, "--data", data, "--lr", 0.5, status=2)
-    assert text.splitlines()[-1].endswith("has other settings (lr). Choose another --out")
-    other = draw(tmp_path / "data", (20, 16, 8, 6))  # as many images, other classes
-    assert "other settings (images_per_class)" in run(out, "--data", other, status=2)
-    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000])
-    text = run(out, "--data", data, status=2)
-    assert "checkpoint.pt. If it is damaged, delete it" in text.splitlines()[-1]
+    text = run(out, "--data", data, "--lr", 0.5, "--seed", 1, status=2)
+    assert text.splitlines()[-1].endswith("has other settings (lr, seed). Choose another --out")
+
+def test_a_checkpoint_of_a_version_without_a_flag_continues(data, undisturbed, tmp_path):
+    """Then the run had what is the default now. With another value, it is another run."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    state = checkpoint(out)
+    del state["settings"]["relative_sharpening"], state["settings"]["images"]
+    torch.save(state, out / "checkpoint.pt")
+    assert "continues after epoch 3" in run(out, "--data", data)
+    text = run(out, "--data", data, "--relative_sharpening", status=2)
+    assert "other settings (relative_sharpening)" in text.splitlines()[-1]
+
+@pytest.mark.parametrize("change", [
+    "rename an image", "swap two classes", "rename a class", "replace an image", "move an image"])
+def test_other_data_of_the_same_size_is_refused(change, data, undisturbed, tmp_path):
+    """The same images in another folder are the same data."""
+    out, other = shutil.copytree(undisturbed, tmp_path / "out"), tmp_path / "other"
+    shutil.copytree(data, other)
+    if change == "rename an image":
+        run(out, "--data", other)
+        (other / "train/class0/003.jpg").rename(other / "train/class0/003b.jpg")
+    elif change == "swap two classes":
+        for old, new in (("class2", "x"), ("class3", "class2"), ("x", "class3")):
+            (other / "train" / old).rename(other / "train" / new)
+    elif change == "rename a class":
+        for split in ("train", "val"):
+            (other / split / "class3").rename(other / split / "class4")
+    elif change == "replace an image":
+        shutil.copy(data / "train/class0/003.jpg", other / "train/class1/003.jpg")
+    else:
+        (other / "train/class0/023.jpg").rename(other / "train/class1/012.jpg")
+    assert "has other settings (images)" in run(out, "--data", other, status=2)
+
+def test_a_damaged_checkpoint_is_refused(data, undisturbed, tmp_path):
+    """Half a file, and a single bit in the middle of the weights, which torch.load would take."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    content = (out / "checkpoint.pt").read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (content[:5000], flipped):
+        (out / "checkpoint.pt").write_bytes(damaged)
+        text = run(out, "--data", data, status=2)
+        assert "checkpoint.pt. If it is damaged, delete it" in text.splitlines()[-1]
 
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     """Right after kill -9 the folder is free again, even while the worker is still ending."""
@@ -285,7 +741,8 @@ def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     first = start(tmp_path / "out", *options, "--workers", 1)
     wait_for(lambda: metrics(tmp_path / "out"))
     text = run(tmp_path / "out", *options, status=2)
-    assert "error: another run writes to --out" in text.splitlines()[-1]
+    last = text.splitlines()[-1]
+    assert "error: another run writes to --out" in last and f"process {first.pid} on " in last
     first.kill()
     first.join()
     lines = len(metrics(tmp_path / "out"))
@@ -294,23 +751,54 @@ def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     third.kill()
     third.join()
 
+def test_a_file_system_without_locks_gets_a_warning(data, tmp_path):
+    def without_locks():
+        import fcntl
+
+        def lockf(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+        fcntl.lockf = lockf
+    text = run(tmp_path / "out", "--data", data / "train", "--epochs", 1, before=without_locks)
+    assert "warning: " in text and "cannot be locked (No locks available)" in text
+
 @pytest.mark.parametrize("change, message", [
     (["--data", "/nowhere"], "/nowhere"),
-    (["--data", "UNKNOWN"], "'c' is missing in --data"),
-    (["--data", "NOT_UNPACKED"], "no image can be read, for example"),
+    (["--data", "UNKNOWN"], "class 'c' of the validation images is missing in the training"),
+    (["--data", "NOT_UNPACKED"], "no training image can be read, for example"),
+    (["--data", "UNREADABLE"], "no validation image can be read, for example"),
+    (["--data", "ONLY_TEST"], "there is a folder test, but no folder train"),
+    (["--data", "TWO_TRAINS"], "which one is it: train or training?"),
+    (["--data", "TWO_YEARS"], "more than one data set: train2018.json, train2019.json"),
+    (["--data", "EMPTY"], "has no folders with images (.jpg"),
+    (["--list", "/nowhere"], "No such file or directory: '/nowhere'"),
+    (["--list", "a", "b", "c"], "--list takes one file for training and one for validation"),
     (["--batch_size", "100"], "--batch_size 100 is more than 50 images"),
     (["--classes_per_batch", "5"], "2 images of 5 classes per batch do not fit"),
-    (["--image_size", "20"], "must be multiples of --patch_size"),
-    (["--exponent", "-1"], "argument --exponent: must be finite, from 0 to inf, got -1"),
+    (["--classes_per_batch", "5", "--batch_size", "11"], "must be a multiple of 5 classes"),
+    (["--image_size", "20"], "--image_size must be a multiple of --patch_size"),
+    (["--focal_size", "20"], "--focal_size must be a multiple of --patch_size"),
+    (["--exponent", "-1"], "argument --exponent: must be from 0 to 1000000000, got -1"),
+    (["--exponent", "1" * 400], "argument --exponent: must be from 0 to"),
+    (["--epochs", "1" * 400], "argument --epochs: must be from 1 to"),
+    (["--epochs", "1e3"], "argument --epochs: invalid number value: '1e3'"),
+    (["--prior", "uniform", "--exponent", "1"], "--exponent is for --prior power_law, not for"),
+    (["--prior", "classes"], "--prior classes has one prototype per class: leave --prototypes out"),
     (["--exponent", "300"], "a prior must be positive"),
-    (["--lr", "nan"], "argument --lr: must be finite, from"),
+    (["--lr", "nan"], "argument --lr: must be from 0 to 1000000000, got nan"),
+    (["--lr", "inf"], "argument --lr: must be from 0 to 1000000000, got inf"),
+    (["--seed", "-1"], "argument --seed: must be from 0 to 4294967295, got -1"),
     (["--out", ""], "--out is empty"),
-    (["--out", "/proc/x"], "cannot write or lock --out /proc/x: No such file or directory"),
+    (["--out", "/proc/x"], "cannot write to --out /proc/x: No such file or directory"),
     (["--quick", "--out", "FOREIGN"], "is not from --quick"),
 ])
 def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
-    for name in ("UNKNOWN/train/a", "UNKNOWN/val/c", "FOREIGN/train"):
+    for name in ("UNKNOWN/train/a", "UNKNOWN/val/c", "FOREIGN/train", "ONLY_TEST/test/a",
+                 "TWO_TRAINS/train/a", "TWO_TRAINS/training/a", "UNREADABLE/train/a"):
         shutil.copytree(data / "train/class0", tmp_path / name)
+    (tmp_path / "EMPTY" / "a").mkdir(parents=True)
+    for name in ("UNREADABLE/val/a/1.jpg", "TWO_YEARS/train2018.json", "TWO_YEARS/train2019.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no image")
     content = {"images": [{"id": 1, "file_name": "none.jpg"}],
                "annotations": [{"image_id": 1, "category_id": 2}]}
     (tmp_path / "NOT_UNPACKED").mkdir()
@@ -319,8 +807,8 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
     argv += [str(tmp_path / word) if word.isupper() else word for word in change]
     with pytest.raises(SystemExit) as error:
         train_inat.main(argv)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert error.value.code == 2 and message in last, last
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and message in text and text.count("\n") == 1, text
     assert (tmp_path / "FOREIGN" / "train").exists()
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -330,10 +818,10 @@ def test_shots_are_counted_on_training_images(monkeypatch):
     labels, test_labels = torch.arange(5).repeat_interleave(counts), torch.arange(5).repeat(4)
     features, test_features = torch.eye(5)[labels], torch.eye(5)[test_labels]
     test_features[test_labels == 4] = torch.eye(5)[0]
-    answers = iter([(features, labels), (test_features, test_labels)])
+    answers = iter([(features, torch.arange(len(labels))), (test_features, torch.arange(20))])
     monkeypatch.setattr(train_inat, "extract", lambda *_: next(answers))
-    args, split = SimpleNamespace(image_size=16, workers=0), ([], None)
-    found = train_inat.evaluate(None, split, split, args)
+    args = SimpleNamespace(image_size=16, workers=0)
+    found = train_inat.evaluate(None, ([], labels), ([], test_labels), args)
     expected = {"all": 0.8, "many": 1.0, "medium": 1.0, "few": 0.5}
     for method in ("knn", "linear"):
         for name, value in expected.items():

@@ -13,7 +13,7 @@ from PIL import Image
 
 import pmsn
 import transfer
-from test_pmsn import overlapping_classes
+from test_pmsn import overlapping_classes, standardize
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +94,13 @@ def test_cifar100_in_the_python_version(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrap, head", [
     (lambda state: state, "head.weight"),
     (lambda state: {"target_encoder": {f"module.{k}": x for k, x in state.items()}, "epoch": 3},
-     "fc.fc1.weight")], ids=["timm", "MSN"])
-def test_weights_of_timm_and_msn(wrap, head, tmp_path):
+     "fc.fc1.weight"),
+    (lambda state: {"model": {f"target_encoder.{k}": x for k, x in state.items()}
+                    | {f"encoder.{k}": 0 * x for k, x in state.items()}, "history": []},
+     "head.weight"),
+    (lambda state: {f"module._orig_mod.{k}": x for k, x in state.items()}, "head.weight")],
+    ids=["timm", "MSN", "checkpoint.pt", "compiled"])
+def test_weights_of_timm_msn_and_checkpoints(wrap, head, tmp_path):
     timm = pytest.importorskip("timm", reason="timm is the oracle here")
     oracle = timm.models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0).eval()
@@ -110,16 +115,17 @@ def test_weights_of_timm_and_msn(wrap, head, tmp_path):
 def test_classifiers_equal_scikit_learns():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the oracle")
     x, y, test_x, test_y = overlapping_classes()
-    oracle = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(x, y)
-    predicted, _ = transfer.probe(x, y, test_x, seed=0)
+    predicted, penalty = transfer.probe(x, y, test_x, seed=0)
+    unit, test_unit = standardize(x, test_x)
+    oracle = linear_model.LogisticRegression(C=1 / penalty, max_iter=1000).fit(unit, y)
     accuracy = (predicted == test_y).double().mean()
-    assert accuracy.item() == pytest.approx(oracle.score(test_x, test_y), abs=0.01)
+    assert accuracy.item() == pytest.approx(oracle.score(test_unit, test_y), abs=0.01)
     # The low-shot classifier, on 60 images. Its features are centered and get unit length.
     unit, test_unit = [z - z.mean(dim=1, keepdim=True) for z in (x[:60], test_x)]
     unit, test_unit = [z / z.norm(dim=1, keepdim=True) for z in (unit, test_unit)]
     oracle = linear_model.LogisticRegression(C=400, fit_intercept=False, max_iter=9999, tol=1e-8)
     oracle.fit(unit, y[:60])
-    predicted = transfer.logistic_regression(x[:60], y[:60], test_x)
+    predicted = transfer.low_shot(x[:60], y[:60], test_x)
     assert (predicted.numpy() == oracle.predict(test_unit)).mean() > 0.99
 
 def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
@@ -127,7 +133,7 @@ def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
     features, labels = torch.arange(50.0)[:, None], torch.zeros(50, dtype=torch.long)
     calls = []
 
-    def linear_probe(x, y, test_x, seed, penalty):
+    def linear_probe(x, y, test_x, penalty):
         calls.append((penalty, {*x[:, 0].tolist()}, {*test_x[:, 0].tolist()}))
         wrong = abs(transfer.PENALTIES.index(penalty) - 1)
         return torch.full((len(test_x),), wrong)
