@@ -24,14 +24,15 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 import pmsn
+from train_inat import Figure, number  # before matplotlib, which fails in some notebooks otherwise
+import matplotlib
 
 SIZE, WINDOW = 32, 16  # pixels per side: of an image; of the digit and of what a start sees
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # the exponents of --curve
@@ -255,13 +258,16 @@ def experiment(seed, exponent, later_jobs, args):
         start.encodes = max(LABELS, key=lambda what: start.terms[f"same_{what}"])
     final = widen(min(starts, key=lambda start: start.terms["loss"]))
     train([final], "whole", whole_epochs, data, args, progress)
-    torch.save(final.models[0].state_dict(), args.out / f"model_{exponent:g}_{seed}.pt")
+    save(final.models[0].state_dict(), args.out / f"model_{exponent:g}_{seed}.pt")
     features = measure(final, test)
     for what in LABELS:
         losses = [start.terms["loss"] for start in starts if start.encodes == what]
-        final.terms[f"{what}_start"] = min(losses, default=math.nan)
-    record = {"seed": seed, "exponent": exponent, "results": final.terms, "starts": [
-        {"window": start.window, "encodes": start.encodes, **start.terms} for start in starts]}
+        # It can happen that no start encodes the digit, or that none encodes the background.
+        if losses:
+            final.terms[f"{what}_start"] = min(losses)
+    record = {"seed": seed, "exponent": exponent, "results": finite(final.terms), "starts": [
+        {"window": start.window, "encodes": start.encodes, **finite(start.terms)}
+        for start in starts]}
     _, queries = np.unique(test["digit"], return_index=True)  # the first image of each digit
     _, nearest = pmsn.nearest_neighbors(features[queries], features, 9)
     return record, (images[nearest, 0].numpy(), test["digit"][nearest].numpy())
@@ -282,7 +288,8 @@ def agreement(features, labels):
 # ---- Figures -------------------------------------------------------------------------------------
 def plot_neighbors(pictures, summary, data_exponent, path):
     """Figure 3: one image per digit and its 8 nearest neighbors, for each prior."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 8.2), layout="constrained")
+    figure = Figure(figsize=(13, 8.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     wins = []
     for ax, exponent, name in zip(axes, (data_exponent, 0.0), ("power-law", "uniform")):
         row, (images, digits) = summary[exponent], pictures[exponent]
@@ -305,14 +312,15 @@ def plot_neighbors(pictures, summary, data_exponent, path):
 
 def plot_preference(summary, data_exponent, path):
     """The lowest loss of a digit start and of a background start, for each prior."""
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8, 7), sharex=True, height_ratios=[2, 1], layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for ax, key, label in [
             (top, "digit_start", "best start that encodes the digit"),
             (top, "background_start", "best start that encodes the background"),
             (bottom, "same_digit", "start with the lowest loss, after whole images")]:
-        mean, std = ([row[key][of] for row in summary.values()] for of in ("mean", "std"))
-        ax.errorbar(list(summary), mean, std, marker="o", label=label)
+        shown = {exponent: row[key] for exponent, row in summary.items() if key in row}
+        mean, std = ([values[of] for values in shown.values()] for of in ("mean", "std"))
+        ax.errorbar(list(shown), mean, std, marker="o", label=label)
     for ax in (top, bottom):
         ax.axvline(data_exponent, color="gray", linestyle=":", label="exponent of the digits")
         ax.legend()
@@ -321,28 +329,31 @@ def plot_preference(summary, data_exponent, path):
     bottom.set(xlabel="exponent of the prior (0: uniform)", ylabel="neighbors with\nsame digit")
     wins = []
     for exponent, row in summary.items():
-        digit, background = row["digit_start"], row["background_start"]
-        if digit["mean"] + digit["std"] < background["mean"] - background["std"]:
-            wins.append(f"{exponent:g}")
-    figure.suptitle(f"The loss is lower for the digit at exponents {', '.join(wins)}\n"
+        digit, background = row.get("digit_start"), row.get("background_start")
+        if digit and background:
+            if digit["mean"] + digit["std"] < background["mean"] - background["std"]:
+                wins.append(f"{exponent:g}")
+    where = f"exponents {', '.join(wins)}" if wins else "no exponent that has both kinds of starts"
+    figure.suptitle(f"The loss is lower for the digit at {where}\n"
                     f"(mean ± standard deviation, n = {row['n']} seeds)")
     figure.savefig(path)
 
 # ---- Command line --------------------------------------------------------------------------------
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be finite, from {low} to {high}, got {text}")
-        return value
-    return number
+def parse(parser, argv):
+    """The arguments. In a list no value may stand twice, because its result would count twice."""
+    args = parser.parse_args(argv)
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else ():
+            if values.count(value) > 1:
+                parser.error(f"argument --{name}: {value} is given twice")
+    return args
 
 def run_in_processes(experiment, jobs, args):
     """Results of experiment(*job, later_jobs, args). Its worker does `later_jobs` jobs after it."""
     later_jobs = [i // args.workers for i in reversed(range(len(jobs)))]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"),
+                             initializer=end_with_parent) as pool:
         try:
             return list(pool.map(experiment, *zip(*jobs), later_jobs, itertools.repeat(args)))
         except BaseException:  # an error, or KeyboardInterrupt
@@ -350,18 +361,48 @@ def run_in_processes(experiment, jobs, args):
                 process.kill()
             raise
 
+def end_with_parent():
+    """Let this worker end when its parent ends, also if the parent is killed and cannot tell it."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+def finite(results):
+    """The results {name: number} without NaN and infinity, which JSON does not have."""
+    return {name: value for name, value in results.items() if math.isfinite(value)}
+
+def save(content, path):
+    """Write a file of results (.json) or a model (.pt)."""
+    # A run can be killed while it writes. So a file gets its name when it is complete.
+    temporary = path.with_name(f"{path.name}.tmp")
+    if path.suffix == ".json":
+        temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
+
 def summarize(runs, key):
-    """{key(run): {"n": number of seeds, name of a result: {"mean": mean, "std": spread}}}."""
+    """{key(run): {"n": number of seeds, name of a result: {"mean": mean, "std": spread}}}.
+
+    A result that is missing for one of the seeds is left out.
+    """
     groups, summary = {}, {}
     for run in runs:
         groups.setdefault(key(run), []).append(run["results"])
     for group, results in groups.items():
         summary[group] = row = {"n": len(results)}
         for name in results[0]:
-            values = [result[name] for result in results]
-            spread = np.std(values, ddof=min(1, len(values) - 1))
-            row[name] = {"mean": np.mean(values), "std": spread}
+            if all(name in result for result in results):
+                values = [result[name] for result in results]
+                spread = np.std(values, ddof=min(1, len(values) - 1))
+                row[name] = {"mean": np.mean(values), "std": spread}
     return summary
+
+def cell(row, name):
+    """A result in a table, or a dash if `summarize` has left it out."""
+    return "{mean:.3f} ± {std:.3f}".format(**row[name]) if name in row else "-"
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -384,7 +425,7 @@ def main(argv=None):
     add("--epochs", type=number(int, 1), default=6, help="of the starts; whole images get half")
     add("--starts", type=int, choices=(0, 9), default=9, help="0 is one start on whole images")
     add("--quick", action="store_true", help="few images and epochs, in half a minute")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.quick:
         args.images, args.epochs = 1024, 2
     try:
@@ -401,15 +442,14 @@ def main(argv=None):
     found = run_in_processes(experiment, jobs, args)
     runs = [run for run, _ in found]
     summary = summarize(runs, key=lambda run: run["exponent"])
+    config = {**vars(args), "torch": torch.__version__}
+    # The results come first. Nothing that goes wrong with the table or a figure can lose them.
+    save({"config": config, "runs": runs, "summary": summary}, args.out / "results.json")
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = "digit_start background_start same_digit same_background prior_kl".split()
     print("exponent" + "".join(f"{column:>18}" for column in columns))
     for exponent, row in summary.items():
-        cells = ["{mean:.3f} ± {std:.3f}".format(**row[column]) for column in columns]
-        print(f"{exponent:>8.2f}" + "".join(f"{cell:>18}" for cell in cells))
-    config = {**vars(args), "torch": torch.__version__}
-    content = {"config": config, "runs": runs, "summary": summary}
-    (args.out / "results.json").write_text(json.dumps(content, indent=1, default=str))
+        print(f"{exponent:>8.2f}" + "".join(f"{cell(row, column):>18}" for column in columns))
     pictures = {run["exponent"]: picture for run, picture in found}  # of the last seed
     plot_neighbors(pictures, summary, args.exponent, args.out / "neighbors.png")
     if args.curve:
@@ -417,4 +457,7 @@ def main(argv=None):
     print(f"After {time.time() - began:.0f} s, results.json and the figures are in {args.out}")
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

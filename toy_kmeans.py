@@ -3,6 +3,8 @@
 The data are two long, narrow groups of points side by side. K-means finds the groups while they are
 equally large. When one of them is much larger, K-means cuts it in two: this has a lower objective,
 because K-means prefers clusters of equal size. SimCLR, VICReg, SwAV and MSN prefer them as well.
+VICReg does so because our clusters lie at the corners of a regular simplex: if their embeddings are
+whitened one-hot vectors, its variance and covariance terms are 0 for clusters of any sizes.
 PMSN prefers the sizes of its prior. With the right prior, it finds the groups.
 
     python toy_kmeans.py             # about a minute on one core, no data needed
@@ -15,19 +17,18 @@ propositions 1 to 4 say the same in formulas. They are in tests/test_proposition
 
 import argparse
 import itertools
-import json
 import math
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
 
 import pmsn
+from mnist_corner import Figure, number, save
 
 NUM_POINTS = 400
 DISTANCE = 2.2  # between the groups, whose standard deviations are 0.25 across and 1 along
@@ -169,6 +170,8 @@ def volume_terms(sizes, prior):
     _, simclr = pmsn.simclr_loss(z, z)
     # VICReg asks for unit variance. With this scale, clusters of equal size have it. Variances
     # are divided by N - 1, and vicreg_loss adds 1e-4.
+    # It prefers equal sizes only because the corners are fixed: whitened one-hot vectors have unit
+    # variances and no covariances for clusters of any sizes.
     scale = math.sqrt((k - 1) * (1 - 1e-4) * (len(z) - 1) / len(z))
     _, vicreg = pmsn.vicreg_loss(scale * z, scale * z)
     # SwAV has no such term. Its codes have equal sizes, so we take the whole loss. Clusters as
@@ -187,7 +190,7 @@ def volume_terms(sizes, prior):
 # ---- Figures -------------------------------------------------------------------------------------
 def plot_kmeans(scores, examples, imbalance, path):
     """Figure 1 of the paper with two more columns, and the scores over all imbalances."""
-    figure = plt.figure(figsize=(12, 6.8), layout="constrained")
+    figure = Figure(figsize=(12, 6.8), layout="constrained")
     grid = figure.add_gridspec(2, 4, width_ratios=[1, 1, 1, 3.2])
     for row, ratio in enumerate((1, imbalance)):
         points, found = examples[ratio]
@@ -231,7 +234,8 @@ def plot_hidden_prior(path):
     # The curves of SimCLR and MSN are nearly the same, so SimCLR's is wide.
     styles = {"SimCLR": ("#b8a1d9", 7), "VICReg": ("#3c9d4e", 2), "SwAV": ("#e08e2b", 2),
               "MSN": (UNIFORM, 2), "PMSN": (POWER_LAW, 3)}
-    _, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
     for method, (color, width) in styles.items():
         values = np.array([row[method] for row in rows])
         values = (values - values.min()) / (values.max() - values.min())
@@ -239,23 +243,15 @@ def plot_hidden_prior(path):
         axes.plot(percent / 100, values, color=color, linewidth=width,
                   label=f"{method}: smallest at {best:.2f}")
         axes.plot(best, 0, "o", color=color, markersize=9, clip_on=False, zorder=5)
-    axes.set(xlabel="share of the images in the first of two clusters", xlim=(0, 1),
+    axes.set(xlabel="share of the images in the first of two clusters\n(embeddings are +1 and -1; "
+             "VICReg has no preference if they are whitened)", xlim=(0, 1),
              ylabel="term that prevents collapse, scaled to 0..1", ylim=(0, 1.02))
     axes.legend(frameon=False, loc="upper center")
     axes.set_title("Four losses prefer two clusters of equal size.\n"
                    "PMSN prefers the shares of its prior, here 0.8 and 0.2.")
-    axes.figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130)
 
 # ---- Command line --------------------------------------------------------------------------------
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be finite, from {low} to {high}, got {text}")
-        return value
-    return number
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
@@ -271,7 +267,8 @@ def main(argv=None):
     imbalances = sorted({*((1, 10) if args.quick else IMBALANCES), args.imbalance})
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        plot_hidden_prior(args.out / "hidden_prior.png")
+        # If we cannot write here, the user should know it before the sweep.
+        tempfile.TemporaryFile(dir=args.out).close()
 
         # Two cuts divide 33 points into three clusters. We try all of them. The uniform sizes
         # (11, 11, 11) and the prior's sizes (18, 9, 6) are among them.
@@ -289,11 +286,15 @@ def main(argv=None):
         scores, examples = sweep(imbalances, seeds)
         results = {"config": vars(args), "adjusted_rand_index": scores,
                    "preferred_shares": preferred, "prior": prior.tolist()}
-        (args.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
+        save(results, args.out / "results.json")
+        plot_hidden_prior(args.out / "hidden_prior.png")
         plot_kmeans(scores, examples, args.imbalance, args.out / "kmeans.png")
     except OSError as error:
         parser.error(f"cannot write to --out {args.out} ({error}). Choose another folder")
     print(f"\n{args.out}: hidden_prior.png kmeans.png results.json")
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

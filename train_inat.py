@@ -537,9 +537,9 @@ def evaluate(encoder, training, validation, args):
 
 # ---- The folder of a run -------------------------------------------------------------------------
 def open_folder(args):
-    """Make --out and lock it. The lock lasts until the returned file is closed, or the process ends.
+    """Make --out and lock it, on the first process only.
 
-    It is only for the first process.
+    The lock lasts until the returned file is closed, or the process ends.
     """
     import fcntl  # is missing on Windows
 
@@ -578,7 +578,7 @@ def fingerprint(paths, labels, data):
 
 
 def load_checkpoint(path, settings):
-    """The checkpoint of an earlier run with the same settings. Ends the run if it is another one."""
+    """The checkpoint of an earlier run. One with other settings ends this run."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not compare the checksums.
@@ -596,7 +596,11 @@ def load_checkpoint(path, settings):
 
 
 def resume(model, optimizer, settings, args):
-    """Continue from --out on all processes: its history, one dictionary per epoch, and its usage."""
+    """Continue from --out on all processes.
+
+    Returns the history, a list with a dictionary per epoch, and the mean prediction (K,) of the
+    last epoch. For a new run they are [] and None.
+    """
     path = args.out / "checkpoint.pt"
     state = [None]
     if rank() == 0 and path.exists():
@@ -721,7 +725,8 @@ def make_parser():
     add("--ema_momentum", type=number(float, 0, 1), default=0.996, help="at the start; ends near 1")
     add("--workers", type=number(int, 0), default=8, help="processes per device that load images")
     add("--compile", action="store_true", help="use torch.compile")
-    add("--checkpoint_activations", action="store_true", help="less memory, a third more time")
+    add("--checkpoint_activations", action="store_true",
+        help="a quarter of the memory, a fifth more computation")
     add("--eval_every", type=number(int, 1), default=10, help="epochs between evaluations")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the training")
     add("--quick", action="store_true", help="tiny model, random images")
@@ -850,6 +855,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # Names of files can have letters that a terminal cannot print.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

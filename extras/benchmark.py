@@ -1,33 +1,57 @@
-"""Where the time of train_inat.py goes: making the views on one core, and training on one GPU.
+"""The first script for a new machine: does training work on this GPU, how fast, how much memory?
 
+    python extras/benchmark.py --gpu_check      # is everything right? A few minutes on a GPU
+    python extras/benchmark.py --count          # FLOPs, memory and hours on 8 GPUs, without a GPU
     python extras/benchmark.py --data FOLDER    # any folder with images, also in its subfolders
     python extras/benchmark.py                  # 64 synthetic JPEGs of 500 x 375 pixels
     python extras/benchmark.py --quick          # 8 of them
 
-The usual pipeline makes every view of an image with PIL, in a worker of the data loader. Ours
-decodes and crops in the worker (pmsn.multi_crop). Colors and blur are for the GPU, for all images
-of a mini-batch at once (pmsn.make_views). All results are printed, and no file is written.
+--gpu_check compares bfloat16 with float32, compiled with plain, the GPU with the CPU, and a run of
+train_inat.py that is killed and restarted with one that is not. Each check prints one line: a
+number, the bound that it must keep, and ok or FAILED. If a check failed, the exit status is 1.
+Without a GPU it runs on the CPU with a small network, which shows that the script itself works.
+
+The last three commands show where the time goes. The usual pipeline makes every view of an image
+with PIL, in a worker of the data loader. Ours decodes and crops in the worker (pmsn.multi_crop).
+Colors and blur are for the GPU, for all images of a mini-batch at once (pmsn.make_views).
+All results are printed, and no file is kept.
 """
 
 import argparse
+import contextlib
+import datetime
+import functools
+import json
 import math
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import v2
 
 import pmsn
+from train_inat import MODELS, number
 
-MODELS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}
+TRAIN_INAT = Path(__file__).resolve().parents[1] / "train_inat.py"
 
 # ---- Data ----------------------------------------------------------------------------------------
 def draw_images(folder, count):
@@ -50,13 +74,19 @@ class Images(Dataset):
     def __getitem__(self, index):
         return self.pipeline(self.paths[index % len(self.paths)])
 
+def make_batch(paths, pipeline, images, device):
+    """Collated items of a pipeline, on the device: [(B, views, 3, S, S), ...] with B = `images`."""
+    items = Images(paths, pipeline, images)
+    return [crops.to(device) for crops in default_collate([items[i] for i in range(images)])]
+
 # ---- Two pipelines: path -> [target (1, 3, S, S), rand (1, 3, S, S), focal (10, 3, s, s)] --------
 def decode(path):
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
-def our_pipeline(path):
-    return pmsn.multi_crop(v2.functional.pil_to_tensor(decode(path)))
+def our_pipeline(path, **options):
+    """Crops by pmsn.multi_crop with these options, uint8."""
+    return pmsn.multi_crop(v2.functional.pil_to_tensor(decode(path)), **options)
 
 def usual_pipeline(path):
     image = decode(path)
@@ -81,6 +111,7 @@ def blur(image):
 
 # ---- One core ------------------------------------------------------------------------------------
 def benchmark_core(paths, repeats):
+    """Print the milliseconds per image that one core needs for the views."""
     def milliseconds(function, items):
         """Processor time per image. The least of some repetitions has the least disturbance."""
         times = []
@@ -91,7 +122,7 @@ def benchmark_core(paths, repeats):
             times.append(time.process_time() - began)
         return 1000 * min(times) / len(paths)
 
-    crops = default_collate([our_pipeline(path) for path in paths])
+    crops = make_batch(paths, our_pipeline, len(paths), "cpu")
     usual, ours = milliseconds(usual_pipeline, paths), milliseconds(our_pipeline, paths)
     colors = milliseconds(pmsn.make_views, [crops])
     rows = {
@@ -106,53 +137,80 @@ def benchmark_core(paths, repeats):
     for name, value in rows.items():
         print(f"{name:<40} {value:>14.2f} {value / usual:>8.2f}")
 
-# ---- One GPU -------------------------------------------------------------------------------------
-def benchmark_gpu(paths, args):
-    encoder = pmsn.VisionTransformer(224, 16, *MODELS[args.model])
-    model = pmsn.PMSN(encoder, pmsn.power_law_prior(1024, 0.25)).cuda()
+# ---- The training step, as in train_inat.py ------------------------------------------------------
+def make_model(vit, image_size=224, patch_size=16):
+    """PMSN with 1024 prototypes. `vit` is (embed_dim, depth, num_heads)."""
+    encoder = pmsn.VisionTransformer(image_size, patch_size, *vit)
+    return pmsn.PMSN(encoder, pmsn.power_law_prior(1024, 0.25))
+
+def checkpoint_activations(model):
+    """Keep only the input of each block of the trained encoder, and compute the rest again."""
+    for block in model.encoder.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+def compile_encoders(model, **options):
+    model.encoder.compile(dynamic=False, **options)
+    model.target_encoder.compile(dynamic=False, **options)
+
+def make_train_step(model):
+    """A function of views that does a whole step: forward, backward, AdamW and moving average."""
+    device = model.prototypes.device
+    cuda = device.type == "cuda"
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+    optimizer = torch.optim.AdamW(parameters, fused=cuda)
 
     def train_step(views):
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             loss, _ = model(views)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update_target(0.996)
 
-    def batches_per_second(step, batches, warmup):
-        for i, batch in enumerate(batches):
-            if i == warmup:
-                # The GPU works behind the CPU, so the clock has to wait for it.
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-            step(batch)
+    return train_step
+
+def synchronize():
+    """The GPU works behind the CPU, so a clock has to wait for it."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        return (i + 1 - warmup) / (time.perf_counter() - began)
+
+def calls_per_second(function, items, warmup):
+    """Calls function(item) for all items. The first `warmup` calls are not timed."""
+    for i, item in enumerate(items):
+        if i == warmup:
+            synchronize()
+            began = time.perf_counter()
+        function(item)
+    synchronize()
+    return (i + 1 - warmup) / (time.perf_counter() - began)
+
+def matrix_rate(device, size):
+    """FLOP/s of products of bfloat16 matrices (size, size): the most that a step could reach."""
+    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 * calls_per_second(lambda _: x @ x, range(150), warmup=50)
+
+# ---- One GPU -------------------------------------------------------------------------------------
+def benchmark_gpu(paths, args):
+    """Print the images per second of the training step, alone and with images from files."""
+    device = torch.device("cuda:0")
+    flops = count_step(MODELS[args.model])["plain"]["flops"]
+    model = make_model(MODELS[args.model]).to(device)
+    train_step = make_train_step(model)
+    if args.compile:
+        compile_encoders(model)
 
     def our_views(batch):
-        return pmsn.make_views([crops.cuda(non_blocking=True) for crops in batch])
+        return pmsn.make_views([crops.to(device, non_blocking=True) for crops in batch])
 
     def usual_views(batch):  # (B, views, 3, S, S) -> (views * B, 3, S, S)
-        views = [x.cuda(non_blocking=True) for x in batch]
+        views = [x.to(device, non_blocking=True) for x in batch]
         return [x.transpose(0, 1).flatten(0, 1) for x in views]
 
-    images = Images(paths, our_pipeline, args.batch_size)
-    batch = [crops.cuda() for crops in default_collate([images[i] for i in range(len(images))])]
-    # FLOPs are counted on eight images, and before the encoders are compiled.
-    with FlopCounterMode(display=False) as counter:
-        train_step(our_views([crops[:8] for crops in batch]))
-    flops = counter.get_total_flops() / 8
-    if args.compile:
-        model.encoder.compile(dynamic=False)
-        model.target_encoder.compile(dynamic=False)
-    x = torch.randn(8192, 8192, device=batch[0].device, dtype=torch.bfloat16)
-    matrix_rate = 2 * 8192**3 * batches_per_second(lambda _: x @ x, range(150), warmup=50)
-
-    alone = args.batch_size * batches_per_second(train_step, [our_views(batch)] * 25, warmup=5)
+    batch = make_batch(paths, our_pipeline, args.batch_size, device)
+    best = matrix_rate(device, 8192)
+    alone = args.batch_size * calls_per_second(train_step, [our_views(batch)] * 25, warmup=5)
     torch.cuda.reset_peak_memory_stats()
-    with_views = args.batch_size * batches_per_second(
+    with_views = args.batch_size * calls_per_second(
         lambda crops: train_step(our_views(crops)), [batch] * 25, warmup=5)
     memory = torch.cuda.max_memory_allocated() / 2**30
     print(f"\n{torch.cuda.get_device_name()}, {args.model}, batch {args.batch_size}, bf16, "
@@ -166,35 +224,508 @@ def benchmark_gpu(paths, args):
         # The workers load two batches each ahead of the step, and the warmup uses these up.
         images = Images(paths, pipeline, 7 * args.workers * args.batch_size)
         loader = DataLoader(images, args.batch_size, num_workers=args.workers, pin_memory=True)
-        rate = args.batch_size * batches_per_second(
+        rate = args.batch_size * calls_per_second(
             lambda crops: train_step(make_views(crops)), loader, warmup=3 * args.workers)
         print(f"{name:<40} {rate:>14.0f} {max(0, 1 - rate / limit):>8.1%}")
-    print(f"The step alone has {flops * alone / matrix_rate:.0%} of the measured bf16 matrix rate, "
-          f"which is {matrix_rate / 1e12:.0f} TFLOP/s.")
+    print(f"The step alone has {flops * alone / best:.0%} of the measured bf16 matrix rate, "
+          f"which is {best / 1e12:.0f} TFLOP/s.")
+
+# ---- What a step needs, counted without a GPU ----------------------------------------------------
+GPUS, BATCH = 8, 1024  # MSN trains with 128 images per GPU.
+H100_RATE, SHARE_REACHED = 989e12, 0.4  # FLOP/s, dense bfloat16; the share is an assumption
+INAT_IMAGES, EPOCHS = 437_513, 300
+
+@contextlib.contextmanager
+def shapes_only():
+    """Inside, tensors have shapes but no values: a step takes neither memory nor arithmetic."""
+    # pmsn checks the values of a prior, and here it has none.
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(pmsn, "check_prior"):
+        yield
+
+def empty_views(images):
+    """Views of MSN's recipe: target and masked (B, 3, 224, 224), 10 small crops of 96 pixels."""
+    large, small = (images, 3, 224, 224), (10 * images, 3, 96, 96)
+    return [torch.empty(large), torch.empty(large), torch.empty(small)]
+
+def count_flops(model, views):
+    """FLOPs of a training step: forward, backward and target. A product and a sum count as two."""
+    # FlopCounterMode does not know the flash attention of CPUs. It does know the matrix products
+    # of the plain formula, which are the same ones.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss, _ = model(views)
+        loss.backward()
+    return counter.get_total_flops()
+
+def saved_bytes(model, views):
+    """Bytes that the forward pass under bfloat16 autocast keeps for the backward pass.
+
+    Each storage counts once, and the parameters do not count. The fast attention of CPUs keeps
+    q, k, v, its result and one float per head and token. The flash attention of CUDA does too.
+    """
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[id(storage)] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        model(views)
+    for parameter in model.parameters():
+        storages.pop(id(parameter.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+def count_step(vit):
+    """What a step of MSN's recipe needs, without and with activation checkpointing.
+
+    `vit` is (embed_dim, depth, num_heads). Returns {"plain": counts, "checkpointed": counts} with
+    flops              per image
+    activations        bytes per image that wait for the backward pass
+    fixed              bytes that wait for it with any number of images (bfloat16 weights)
+    block              bytes per image of all activations of one block
+    trained, target    numbers of parameters
+    """
+    model = make_model(vit)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    target = [p.numel() for p in model.parameters() if not p.requires_grad]
+    counts = {}
+    with shapes_only():
+        model.to_empty(device="cpu")
+        for name in ("plain", "checkpointed"):
+            if name == "checkpointed":
+                checkpoint_activations(model)
+            # Activations are a + b * images, so two numbers of images give a and b.
+            two, four = [saved_bytes(model, empty_views(images)) for images in (2, 4)]
+            counts[name] = {
+                "flops": count_flops(model, empty_views(2)) / 2,
+                "activations": (four - two) / 2,
+                "fixed": 2 * two - four,
+                "trained": sum(trained),
+                "target": sum(target),
+            }
+    # With checkpointing a block keeps its input only, which it has in common with its neighbor.
+    saved = counts["plain"]["activations"] - counts["checkpointed"]["activations"]
+    for count in counts.values():
+        count["block"] = saved / vit[1]
+    return counts
+
+def memory_parts(count, images, gpus):
+    """Bytes on one GPU with this number of images, by purpose. The sum estimates the peak."""
+    # Each trained weight has a gradient and two averages of AdamW, in float32. With several GPUs,
+    # DDP has a second copy of the gradient. A target weight has nothing else.
+    floats = 5 if gpus > 1 else 4
+    # A view is uint8 when it arrives, and float32 after make_views.
+    pixels = sum(x.numel() for x in empty_views(1))
+    return {
+        "weights, gradients, AdamW, target": 4 * (floats * count["trained"] + count["target"]),
+        "weights in bfloat16": count["fixed"],
+        "crops and views": 5 * pixels * images,
+        "activations": count["activations"] * images,
+        # The backward pass has gradients of activations too, and checkpointing restores a block.
+        # Both need about as much memory as the activations of one block.
+        "backward pass of one block": count["block"] * images,
+    }
+
+def print_counts():
+    """A table for ViT-S and ViT-B with patches of 16 pixels: FLOPs, memory, hours on 8 H100."""
+    images = BATCH // GPUS
+    columns, table = [], {}
+    for model in ("vit_small", "vit_base"):
+        for kind, count in count_step(MODELS[model]).items():
+            columns.append((model, kind))
+            rate = SHARE_REACHED * H100_RATE / count["flops"]  # images per second and GPU
+            parts = memory_parts(count, images, GPUS)
+            rows = {
+                "GFLOP per image": f"{count['flops'] / 1e9:.1f}",
+                f"PFLOP per step of {BATCH} images": f"{BATCH * count['flops'] / 1e15:.3f}",
+                "MB of activations per image": f"{count['activations'] / 1e6:.1f}",
+                **{f"GiB: {name}": f"{size / 2**30:.2f}" for name, size in parts.items()},
+                f"GiB per GPU of {images} images, in all": f"{sum(parts.values()) / 2**30:.1f}",
+                "images per second and GPU": f"{rate:.0f}",
+                "hours for iNat18": f"{EPOCHS * INAT_IMAGES / (GPUS * rate) / 3600:.2f}",
+            }
+            for name, value in rows.items():
+                table.setdefault(name, []).append(value)
+    print(f"Patch 16, 1024 prototypes, a target view and a masked view of 224 pixels (15% of the "
+          f"patches dropped),\n10 small crops of 96 pixels, batch {BATCH} over {GPUS} GPUs, "
+          f"bfloat16 autocast. Counted, not measured.\n")
+    for names in zip(*columns):
+        print(f"{'':<44}", *[f"{name:>13}" for name in names])
+    for name, values in table.items():
+        print(f"{name:<44}", *[f"{value:>13}" for value in values])
+    print(f"\nSpeed and hours assume {SHARE_REACHED:.0%} of {H100_RATE / 1e12:.0f} TFLOP/s (dense "
+          f"bfloat16 rate of an H100).\niNat18 has {INAT_IMAGES:,} images, and training {EPOCHS} "
+          "epochs. The workers of the data loader must keep up:\nwithout --count this script shows "
+          "how long a core needs per image. Checkpointed: --checkpoint_activations.\nAttention "
+          "keeps q, k, v, its result and one float per head and token, as flash attention does.")
+
+# ---- The check of a new machine ------------------------------------------------------------------
+# The small network is for CPUs. Eight images per view: make_views draws random numbers for eight
+# images at a time on a CPU and for all at once on a GPU, so with more they would be different ones.
+LARGE = {"image_size": 224, "patch_size": 16, "focal_size": 96, "vit": MODELS["vit_small"]}
+SMALL = {"image_size": 32, "patch_size": 8, "focal_size": 16, "vit": (96, 2, 3)}
+CHECK_IMAGES = 8
+
+def gpu_check(paths, folder, args):
+    """Run all checks, print a line for each, and return the number of failed ones.
+
+    A check is a generator of rows (name, measured number, relation, bound). If it raises an error,
+    this is one more failed row, and the next check follows.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda:0" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    size = LARGE if cuda and not args.quick else SMALL
+    checks = {
+        "bfloat16 against float32": lambda: precision_rows(paths, device, size),
+        "checkpointed and compiled against plain": lambda: compile_rows(paths, device, size),
+        "views on this device against the CPU": lambda: view_rows(paths, device, size),
+        "one process of DDP against none": lambda: process_rows(paths, device, size, folder),
+        "train_inat.py: killed and restarted": lambda: restart_rows(paths, device, size, folder),
+        "speed and memory": lambda: speed_rows(paths, device, size, args),
+    }
+    name = torch.cuda.get_device_name() if cuda else "CPU, because there is no CUDA GPU"
+    print(f"{name}, torch {torch.__version__}\n{'':<62} {'measured':>9}    bound")
+    began, count, failed = time.time(), 0, 0
+    for title, check in checks.items():
+        print(title, flush=True)
+        rows = check()
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except Exception as error:
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                line, ok = f"  {'stopped by an error':<60} {'-':>9}    {'-':<9}", False
+                word = f"FAILED {reason[:200]}"
+            else:
+                line, ok = judge(*row)
+                word = "ok" if ok else "FAILED"
+            print(f"{line} {word}", flush=True)
+            count, failed = count + 1, failed + (not ok)
+    print(f"{failed} of {count} failed, in {time.time() - began:.0f} seconds")
+    return failed
+
+def judge(name, value, relation, bound):
+    """The line of a row without its last word, and whether the number keeps its bound."""
+    # Every comparison with nan is false, so nan fails.
+    ok = {"<=": value <= bound, ">=": value >= bound, "==": value == bound}[relation]
+    return f"  {name:<60} {value:>9.3g} {relation} {bound:<9.3g}", ok
+
+def relative_difference(x, reference):
+    """norm(x - reference) / norm(reference), for tensors of any shape."""
+    x, reference = x.double(), reference.double()
+    return (torch.linalg.vector_norm(x - reference) / torch.linalg.vector_norm(reference)).item()
+
+def make_check(paths, device, size):
+    """A model with random weights and views of images, the same ones in every call."""
+    torch.manual_seed(0)
+    model = make_model(size["vit"], size["image_size"], size["patch_size"]).to(device)
+    pipeline = functools.partial(our_pipeline, rand_size=size["image_size"],
+                                 focal_size=size["focal_size"], focal_views=1)
+    crops = make_batch(paths, pipeline, CHECK_IMAGES, device)
+    return model, crops, pmsn.make_views(crops)
+
+def run_step(network, views, bfloat16=False):
+    """The loss and the gradient of all trained weights, (n,). Patches are dropped as ever."""
+    device = views[0].device
+    torch.manual_seed(0)
+    network.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        loss, _ = network(views)
+    loss.backward()
+    return loss.detach(), flat_gradient(network)
+
+def flat_gradient(module):
+    """The gradients of all trained weights, one after the other, (n,)."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.cat([p.grad.flatten() for p in trained])
+
+def precision_rows(paths, device, size):
+    """bfloat16 autocast against float32: the encoder, the loss, and a whole step."""
+    model, _, views = make_check(paths, device, size)
+    features, gradient = encoder_step(model.encoder, views, bfloat16=False)
+    mixed_features, mixed_gradient = encoder_step(model.encoder, views, bfloat16=True)
+    # bfloat16 rounds by up to 2^-9 = 0.002. Over five seeds on a CPU, the small network had .004
+    # to .006 for features and .005 to .007 for the gradient. ViT-S had .008 and .010.
+    yield "encoder: features", relative_difference(mixed_features, features), "<=", 0.02
+    yield "encoder: gradient", relative_difference(mixed_gradient, gradient), "<=", 0.04
+
+    # The loss gets embeddings in bfloat16 and must compute in float32. On a CPU the differences
+    # were 1e-7 and 4e-7. With cosines in bfloat16 they were 3e-4 and 7e-3.
+    anchors, targets, prototypes, prior = loss_inputs()
+    with torch.autocast(device.type, torch.bfloat16):
+        loss, _ = pmsn.pmsn_loss(anchors.to(device), targets.to(device), prototypes.to(device),
+                                 prior.to(device))
+    gradient, = torch.autograd.grad(loss, prototypes)
+    exact = loss_by_formula(*(x.double() for x in (anchors, targets, prototypes, prior)))
+    exact_gradient, = torch.autograd.grad(exact, prototypes)
+    yield "loss of bfloat16 embeddings", relative_difference(loss.cpu(), exact), "<=", 1e-5
+    yield ("loss of bfloat16 embeddings: gradient of prototypes",
+           relative_difference(gradient, exact_gradient), "<=", 1e-4)
+
+    # In a whole step, cosines are divided by the temperature 0.1, and targets are sharpened by
+    # 0.25. This multiplies the errors of the targets by 40. On a CPU the loss had 1e-4 to 1e-3
+    # and the gradient .04 to .10, with ViT-S as with the small network.
+    loss, gradient = run_step(model, views)
+    mixed_loss, mixed_gradient = run_step(model, views, bfloat16=True)
+    yield "whole step: loss", relative_difference(mixed_loss, loss), "<=", 0.003
+    yield "whole step: gradient", relative_difference(mixed_gradient, gradient), "<=", 0.2
+
+def encoder_step(encoder, views, bfloat16):
+    """Features of masked and small views, (16, d), and the gradient of a random sum of them."""
+    device = views[0].device
+    torch.manual_seed(0)
+    encoder.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        features = torch.cat([encoder(views[1], patch_drop=0.15), encoder(views[2])])
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    (features.float() * weights.to(device)).sum().backward()
+    return features.detach(), flat_gradient(encoder)
+
+def loss_inputs():
+    """Anchors (192, 256) and targets (64, 256) in bfloat16, prototypes (1024, 256), a prior."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(1024, 256, generator=generator)
+    # Near its prototype, an embedding has predictions that are neither constant nor certain.
+    targets = prototypes[:64] + torch.randn(64, 256, generator=generator)
+    anchors = targets.repeat(3, 1) + torch.randn(192, 256, generator=generator)
+    prior = pmsn.power_law_prior(1024, 0.25)
+    return anchors.bfloat16(), targets.bfloat16(), prototypes.requires_grad_(), prior
+
+def loss_by_formula(anchors, targets, prototypes, prior):
+    """The loss of pmsn.pmsn_loss with its default options, from its formula."""
+    prototypes = F.normalize(prototypes, dim=1)
+    p = F.softmax(F.normalize(anchors, dim=1) @ prototypes.T / 0.1, dim=1)
+    # Sharpening by 0.25 takes the fourth power.
+    p_target = F.softmax(4 * F.normalize(targets, dim=1) @ prototypes.T / 0.1, dim=1).detach()
+    p_target = p_target.repeat(len(anchors) // len(targets), 1)
+    p_bar = p.mean(dim=0)
+    return -(p_target * p.log()).sum(dim=1).mean() + (p_bar * (p_bar / prior).log()).sum()
+
+def compile_rows(paths, device, size):
+    """Checkpointed activations and compiled encoders, as with the two flags of train_inat.py."""
+    # The time to compile grows with the number of blocks, and four are enough to find a mistake.
+    dim, depth, heads = size["vit"]
+    size = {**size, "vit": (dim, min(depth, 4), heads)}
+    # A compiler would draw other random numbers, and drop other patches, without this option.
+    # On CPUs, the compiler of C++ takes minutes or is missing. The steps before it run there too.
+    name, options = "inductor", {"options": {"fallback_random": True}}
+    if device.type == "cpu":
+        name, options = "aot_eager", {"backend": "aot_eager"}
+
+    model, _, views = make_check(paths, device, size)
+    _, gradient = run_step(model, views, bfloat16=True)
+    checkpoint_activations(model)
+    _, checkpointed = run_step(model, views, bfloat16=True)
+    # On a CPU the bits are the same. On a GPU the backward pass of attention adds in a varying
+    # order, and now and then a sum is rounded to the neighboring number of bfloat16 (2^-8).
+    yield ("checkpointed, bfloat16: gradient",
+           relative_difference(checkpointed, gradient), "<=", 2e-3)
+
+    # TF32 convolutions, which are PyTorch's default on a GPU, would be less exact than float32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        model, _, views = make_check(paths, device, size)
+        loss, gradient = run_step(model, views)
+        torch.compiler.reset()
+        compile_encoders(model, **options)
+        compiled_loss, compiled_gradient = run_step(model, views)
+    # With the C++ compiler of a CPU the differences were 7e-8 and 4e-6.
+    yield (f"compiled ({name}), float32: loss",
+           relative_difference(compiled_loss, loss), "<=", 1e-5)
+    yield (f"compiled ({name}), float32: gradient",
+           relative_difference(compiled_gradient, gradient), "<=", 1e-3)
+
+    model, _, views = make_check(paths, device, size)
+    checkpoint_activations(model)
+    torch.compiler.reset()
+    compile_encoders(model, **options)
+    loss_both, gradient_both = run_step(model, views, bfloat16=True)
+    torch.compiler.reset()
+    # Rounded numbers of compiled and plain steps differ, so both have the bounds of precision_rows.
+    yield (f"both ({name}), bfloat16 against float32: loss",
+           relative_difference(loss_both, loss), "<=", 3e-3)
+    yield (f"both ({name}), bfloat16 against float32: gradient",
+           relative_difference(gradient_both, gradient), "<=", 0.2)
+
+def view_rows(paths, device, size):
+    """pmsn.make_views with the same random numbers, which are drawn on the CPU for any device."""
+    _, crops, _ = make_check(paths, device, size)
+    torch.manual_seed(0)
+    views = pmsn.make_views(crops)
+    torch.manual_seed(0)
+    expected = pmsn.make_views([crop.cpu() for crop in crops])
+    for name, x, y in zip(("target", "masked", "small"), views, expected):
+        # Normalized pixels lie between -2.2 and 2.7. On a CPU, float32 and float64 differ by 1e-6,
+        # and a blur with TF32 convolutions would differ by about 1e-3.
+        difference = (x.cpu() - y).abs().max().item()
+        yield f"make_views, {name} view: largest difference", difference, "<=", 1e-4
+
+def process_rows(paths, device, size, folder):
+    """A step of DistributedDataParallel with one process, and what train_inat.py communicates."""
+    cuda = device.type == "cuda"
+    backend = "NCCL" if cuda else "gloo"
+    model, _, views = make_check(paths, device, size)
+    loss, gradient = run_step(model, views)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1,
+                            init_method=f"file://{folder}/rendezvous",
+                            timeout=datetime.timedelta(seconds=60))
+    try:
+        x = torch.arange(3.0, device=device)
+        dist.all_reduce(x)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        yield f"{backend}: all_reduce, sum", x.sum().item(), "==", 3
+        answer, gathered = [{"epoch": 1}], [None]
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        dist.gather_object(answer[0], gathered)
+        yield "gloo: an object comes back", gathered[0]["epoch"], "==", 1
+        # With one process, SyncBatchNorm has nobody to talk to and computes what BatchNorm does.
+        # Its own reduction needs two GPUs, and nothing here tests it.
+        norm = "BatchNorm"
+        if cuda:
+            model, norm = nn.SyncBatchNorm.convert_sync_batchnorm(model), "SyncBatchNorm"
+        network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
+        ddp_loss, ddp_gradient = run_step(network, views)
+        # On a CPU the bits are the same. On a GPU a few sums have a varying order, in float32.
+        yield f"DDP and {norm}: loss", relative_difference(ddp_loss, loss), "<=", 1e-5
+        yield f"DDP and {norm}: gradient", relative_difference(ddp_gradient, gradient), "<=", 1e-4
+    finally:
+        dist.destroy_process_group()
+
+def restart_rows(paths, device, size, folder):
+    """Two epochs of train_inat.py. One run is killed after its first checkpoint, then restarted."""
+    cuda = device.type == "cuda"
+    # Four steps per epoch: in longer runs the rounding errors of a GPU would grow too much.
+    steps, batch = 4, 64 if size is LARGE else 16
+    folder = Path(folder)
+    link_images(paths, folder / "images" / "train", steps * batch)
+    link_images(paths, folder / "images" / "val", batch)
+    flags = {"data": folder / "images", "epochs": 2, "batch_size": batch,
+             "image_size": size["image_size"], "patch_size": size["patch_size"],
+             "focal_size": size["focal_size"], "model": "vit_small", "workers": 4}
+    if size is SMALL:
+        flags.update(model="vit_micro", focal_views=2, prototypes=16, workers=1)
+    command = [sys.executable, TRAIN_INAT]
+    for name, value in flags.items():
+        command += [f"--{name}", value]
+
+    killed, whole = folder / "killed", folder / "whole"
+    run_training(command, killed, kill=True)
+    first = load_weights(killed)
+    log = run_training(command, killed)
+    found = re.search(r"continues after epoch (\d+)", log)
+    yield "the restarted run continues after epoch", int(found[1]) if found else math.nan, "==", 1
+    lines = (killed / "metrics.jsonl").read_text().splitlines()
+    epochs = [json.loads(line)["epoch"] for line in lines]
+    yield "its metrics.jsonl has the epochs 0, 1, 2 (1: yes)", epochs == [0, 1, 2], "==", 1
+
+    run_training(command, whole)
+    # What the kill changed in the weights, compared to what the second epoch changed. On a CPU all
+    # bits must be the same. A GPU adds in a varying order. We simulated this on a CPU by random
+    # numbers in the gradient. With relative size 1e-4 in each step, the result was 0.03, and with
+    # 1e-3 it was 0.1. Other images in epoch 2 gave 0.5, a forgotten target network 1.1, and a
+    # forgotten state of AdamW 1.7.
+    end, expected = load_weights(killed), load_weights(whole)
+    moved = torch.linalg.vector_norm(expected - first)
+    difference = (torch.linalg.vector_norm(end - expected) / moved).item()
+    yield "its weights against a run without a kill", difference, "<=", 0.3 if cuda else 0
+
+def link_images(paths, folder, count):
+    """Links to images in four class folders. With few paths, an image has several links."""
+    for i in range(count):
+        source = Path(paths[i % len(paths)]).resolve()
+        link = folder / f"class{i % 4}" / f"{i}{source.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(source)
+
+def load_weights(out):
+    """All floats of the model in checkpoint.pt, (n,), in float64."""
+    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
+    return torch.cat([x.double().flatten() for x in state.values() if x.is_floating_point()])
+
+def run_training(command, out, kill=False):
+    """Run train_inat.py until it ends, or kill it after its first checkpoint. Returns its log.
+
+    RuntimeError with the end of the log if it does not end as expected within 150 seconds.
+    """
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        # Sums in several threads of a CPU could have a varying order.
+        environment.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    log = out.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen([*map(str, command), "--out", out], stdout=file, stderr=file,
+                                   env=environment, start_new_session=True)
+    deadline = time.monotonic() + 150
+    killed = False
+    try:
+        while process.poll() is None and not killed:
+            killed = time.monotonic() > deadline or kill and (out / "checkpoint.pt").exists()
+            time.sleep(0.01)
+    finally:
+        # The session of the process has its data loaders too.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+    text = log.read_text(errors="replace")
+    if status != (-signal.SIGKILL if kill else 0):
+        end = " ".join(text.split())[-150:]
+        raise RuntimeError(f"train_inat.py ended with status {status}: {end}")
+    return text
+
+def speed_rows(paths, device, size, args):
+    """Images per second of the training step with make_views, and the peak of its GPU memory."""
+    if device.type == "cpu":
+        model, crops, _ = make_check(paths, device, size)
+        train_step = make_train_step(model)
+        rate = CHECK_IMAGES * calls_per_second(
+            lambda crops: train_step(pmsn.make_views(crops)), [crops] * 6, warmup=2)
+        yield "small network on the CPU: images per second", rate, ">=", 0
+        return
+
+    counts = count_step(MODELS[args.model])["plain"]
+    before = torch.cuda.memory_allocated()
+    model = make_model(MODELS[args.model]).to(device)
+    crops = make_batch(paths, our_pipeline, args.batch_size, device)
+    train_step = make_train_step(model)
+    if args.compile:
+        compile_encoders(model)
+    torch.cuda.reset_peak_memory_stats()
+    rate = args.batch_size * calls_per_second(
+        lambda crops: train_step(pmsn.make_views(crops)), [crops] * 25, warmup=5)
+    peak = torch.cuda.max_memory_allocated() - before
+    # In float32, an A100 or H100 cannot reach a tenth of its rate in bfloat16.
+    slowest = 0.1 * matrix_rate(device, 8192) / counts["flops"]
+    title = f"{args.model}, batch {args.batch_size}"
+    yield f"{title}: images per second", rate, ">=", slowest
+    # The bound is what --count expects, and half of it in addition.
+    expected = sum(memory_parts(counts, args.batch_size, gpus=1).values())
+    yield f"{title}: peak of GPU memory in GiB", peak / 2**30, "<=", 1.5 * expected / 2**30
 
 # ---- Command line --------------------------------------------------------------------------------
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be finite, from {low} to {high}, got {text}")
-        return value
-    return number
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gpu_check", action="store_true", help="is everything right on this GPU?")
+    what.add_argument("--count", action="store_true", help="FLOPs, memory and hours on 8 H100")
     add("--data", type=Path, help="a folder with images (default: synthetic ones)")
     add("--model", default="vit_small", choices=MODELS, help="default: vit_small")
-    add("--batch_size", type=number(int, 8), default=256, help="on a GPU (default: 256)")
-    add("--workers", type=number(int, 1), default=os.cpu_count(), help="default: all cores")
+    add("--batch_size", type=number(int, 8), default=128, help="images on a GPU (default: 128)")
+    add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="default: all cores")
     add("--compile", action="store_true", help="use torch.compile on the GPU")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="default: 0")
     add("--quick", action="store_true", help="8 images, once")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     random.seed(args.seed)
+    if args.count:
+        print_counts()
+        return
     count, repeats = (8, 1) if args.quick else (64, 3)
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
@@ -203,6 +734,9 @@ def main(argv=None):
         paths = [str(path) for path in files if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
         if not paths:
             parser.error(f"--data {args.data} has no images (.jpg, .jpeg or .png)")
+        if args.gpu_check:
+            failed = gpu_check(paths, folder, args)
+            sys.exit(1 if failed else 0)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         benchmark_core(paths[:count], repeats)
@@ -213,4 +747,6 @@ def main(argv=None):
             print("There is no CUDA GPU here. With one, the training step is measured too.")
 
 if __name__ == "__main__":
+    # An error can name a file with letters that the terminal cannot print.
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()

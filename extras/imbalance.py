@@ -16,21 +16,22 @@ run on the CPU. In the paper SimCLR trains a ResNet-50 on mini-batches of 4096 i
 
 import argparse
 import copy
-import json
 import math
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import default_collate
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
 import pmsn
+from mnist_corner import Figure, number, parse, save
 
 # These rates gave the best class accuracy with balanced mini-batches. A third of each and three
 # times each were worse. An earlier version of this script chose them, on other synthetic images.
@@ -331,15 +332,6 @@ def plot(table, args):
     figure.savefig(args.out / "imbalance.png", dpi=130)
 
 # ---- Command line --------------------------------------------------------------------------------
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be finite, from {low} to {high}, got {text}")
-        return value
-    return number
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -354,13 +346,14 @@ def main(argv=None):
     add("--batch_size", type=number(int, 4), default=60, help="images per batch (default: 60)")
     add("--lr", type=number(float, 1e-9), help="learning rate (default: one for each method)")
     add("--quick", action="store_true", help="1 epoch of two methods, 300 images, two tasks")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     args.tasks = TASKS[:2] if args.quick else TASKS
     if args.quick:
         args.methods, args.images, args.epochs = ["SimCLR", "MAE"], 300, 1
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.json").touch()
+        # If we cannot write here, the user should know it before the training.
+        tempfile.TemporaryFile(dir=args.out).close()
         data = load_data(args)
         images, classes = data[0], data[1]["class"]
         samplers = [pmsn.ClassBatchSampler(classes, args.batch_size, count)
@@ -379,21 +372,27 @@ def main(argv=None):
         for name in scores:
             encoders = [train(parser, args, name, images, s, seed) for s in samplers]
             scores[name].append([measure(encoder, *data) for encoder in encoders])
-        table = summarize(scores, untrained=np.mean(baselines["random encoder"], axis=0)[0])
         results = {"config": vars(args), "scores": scores, "baselines": baselines}
         try:
-            (args.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
-            plot(table, args)
+            save(results, args.out / "results.json")
         except OSError as error:
             parser.error(f"cannot write to --out: {error}")
 
+    table = summarize(scores, untrained=np.mean(baselines["random encoder"], axis=0)[0])
     print("\nclass accuracy in %, and what imbalanced mini-batches cost for each task, in points")
     print(" " * 24 + "balanced    imbalanced" + "".join(f"{task:>14}" for task in args.tasks))
     for name, row in table.items():
         print(f"{name:<18}" + "".join(f"{text(x):>14}" for x in row.T))
     for name, accuracies in baselines.items():
         print(f"{name:<18}{text(np.array(accuracies)[:, 0]):>14}")
+    try:
+        plot(table, args)
+    except OSError as error:
+        parser.error(f"cannot write to --out: {error}")
     print(f"\n{args.out}: results.json imbalance.png")
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

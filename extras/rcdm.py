@@ -22,18 +22,19 @@ import itertools
 import json
 import math
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mnist_corner
-from mnist_corner import LABELS, number, run_in_processes, summarize
+from mnist_corner import (LABELS, Figure, cell, finite, number, parse, run_in_processes, save,
+                          summarize)
 
 # Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
 # prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
@@ -207,7 +208,7 @@ def experiment(seed, exponent, later_jobs, args):
     classifier = train_classifier(source, args.steps // 4)
     progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", later_jobs=later_jobs)
     unet, loss = train_unet(model, source, args.steps, progress)
-    torch.save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
+    save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
 
     torch.manual_seed(seed)  # A saved U-Net draws the same again.
     prototypes = F.normalize(model.prototypes, dim=1)  # (10, 64)
@@ -232,7 +233,8 @@ def experiment(seed, exponent, later_jobs, args):
         results[f"{what}_of_images"] = constancy(groups, labels[what], shares)
         right = test_found[what] == test_labels[what]
         results[f"{what}_accuracy"] = right.float().mean().item()
-    record = {"seed": seed, "exponent": exponent, "results": results, "shares": shares.tolist()}
+    record = {"seed": seed, "exponent": exponent, "results": finite(results),
+              "shares": shares.tolist()}
 
     # In the figures all rows get the same noise, so that one sees what the prototype changes.
     noise = noise[:1, :8]
@@ -271,8 +273,9 @@ def show(ax, images):
 
 def plot(pictures, summary, out):
     """rcdm.png shows samples of prototypes, and rcdm_images.png samples of real images."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 8.4), layout="constrained")
-    figure2, axes2 = plt.subplots(1, 2, figsize=(12, 6.9), layout="constrained")
+    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    figure2 = Figure(figsize=(12, 6.9), layout="constrained")
+    axes, axes2 = figure.subplots(1, 2), figure2.subplots(1, 2)
     wins = {}
     for ax, ax2, (exponent, shown) in zip(axes, axes2, pictures.items()):
         row, agree, scores = summary[exponent], [], {"nothing": 0.3}  # less is not clear
@@ -309,7 +312,7 @@ def main(argv=None):
     add("--steps", type=number(int, 10), default=1600, help="of the diffusion model")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
     add("--quick", action="store_true", help="few images and steps, in half a minute")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     args.samples = 64  # of each prototype
     if args.quick:
         args.steps, args.samples = 10, 4
@@ -344,17 +347,18 @@ def main(argv=None):
     found = run_in_processes(experiment, jobs, args)
     runs = [run for run, _ in found]
     summary = summarize(runs, key=lambda run: run["exponent"])
+    config = {**vars(args), "torch": torch.__version__}
+    save({"config": config, "runs": runs, "summary": summary}, args.out / "rcdm.json")
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))
     for key in runs[0]["results"]:
-        cells = ["{mean:.3f} ± {std:.3f}".format(**row[key]) for row in summary.values()]
-        print(f"{key:<24}" + "".join(f"{cell:>18}" for cell in cells))
-    config = {**vars(args), "torch": torch.__version__}
-    content = {"config": config, "runs": runs, "summary": summary}
-    (args.out / "rcdm.json").write_text(json.dumps(content, indent=1, default=str))
+        print(f"{key:<24}" + "".join(f"{cell(row, key):>18}" for row in summary.values()))
     pictures = {run["exponent"]: picture for run, picture in found}  # of the last seed
     plot({exponent: pictures[exponent] for exponent in exponents}, summary, args.out)
     print(f"After {time.time() - began:.0f} s, rcdm.json and the figures are in {args.out}")
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

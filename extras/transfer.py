@@ -8,7 +8,8 @@
 
 An encoder is encoder.pt or checkpoint.pt of train_inat.py (its target encoder), a checkpoint of
 MSN, weights of a vision transformer of timm that expect the mean and the standard deviation of
-ImageNet, or `random`: untrained weights in the shape of the last file in --encoder. Every --task needs one folder in --data (see TASKS below):
+ImageNet, or `random`: untrained weights in the shape of the last file in --encoder. Every --task
+needs one folder in --data (see TASKS below):
 
     folder        classes of ImageNet, Places205, or your own images (inat18: of iNaturalist 2018)
     cifar100      classes of CIFAR-100
@@ -207,7 +208,7 @@ def draw_shots(labels, shots, seed):
     return torch.cat([order[shuffled == c][:shots] for c in labels.unique()])
 
 def low_shot(features, labels, test_features):
-    """The low-shot classifier of MSN: logistic regression with the penalty .0025 and without biases.
+    """The low-shot classifier of MSN: logistic regression without biases, with the penalty .0025.
 
     As there, each feature vector is centered and gets unit length. MSN takes features before the
     last LayerNorm, and we take them after it, as in all our evaluations.
@@ -390,6 +391,7 @@ def main(argv=None):
     print(f"Results and features are in {args.out}")
 
 if __name__ == "__main__":
-    # Names of files can have letters that a terminal cannot print.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -22,22 +22,22 @@ for sharpening and target network, relative sharpening, and Sinkhorn with a prio
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import pmsn
-from mnist_corner import (agreement, background_view, digit_view, draw, load_backgrounds,
-                          make_encoder, make_model, number, run_in_processes, sample, summarize)
+from mnist_corner import (Figure, agreement, background_view, cell, digit_view, draw, finite,
+                          load_backgrounds, make_encoder, make_model, number, parse,
+                          run_in_processes, sample, save, summarize)
 
 # 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
 # because a test image must not show what a training image shows.
@@ -196,7 +196,8 @@ def experiment(seed, data_exponent, contrast, later_jobs, args):
         results = {**run.terms, **measure(run, data, images, test, test_images,
                                              args.classes)}
         found.append({"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
-                      "prior_exponent": run.exponent, "method": run.method, "results": results})
+                      "prior_exponent": run.exponent, "method": run.method,
+                      "results": finite(results)})
     # What a prior gains over the uniform one of the same seed. Seeds differ more than priors.
     uniform = {x["method"]: x["results"]["knn"] for x in found if x["prior_exponent"] == 0}
     for record in found:
@@ -211,8 +212,8 @@ def plot(summary, path):
     data_exponents = sorted({arm[0] for arm in summary})
     contrasts = sorted({arm[1] for arm in summary})
     rows, columns = len(contrasts), len(data_exponents)
-    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4 * columns, 1 + 3.4 * rows),
-                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1 + 4 * columns, 1 + 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
         arms = {arm[2:]: row for arm, row in summary.items() if arm[:2] == kind}
         for i, method in enumerate(METHODS):  # side by side
@@ -260,7 +261,7 @@ def main(argv=None):
     add("--epochs", type=number(int, 1), default=10, help="of training")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
     add("--quick", action="store_true", help="few images and models, in half a minute")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.map:
         args.data_exponents, args.contrasts = [0.0, 1.0, 1.5], [0.0, 0.7]
         args.prior_exponents, args.methods = [0.0, 0.25, 0.5, 1.0, 1.5], list(METHODS)
@@ -278,20 +279,21 @@ def main(argv=None):
     runs = sum(run_in_processes(experiment, jobs, args), [])
     keys = ("data_exponent", "contrast", "prior_exponent", "method")
     summary = summarize(runs, key=lambda run: tuple(run[name] for name in keys))
+    config = {**vars(args), "torch": torch.__version__}
+    save({"config": config, "runs": runs}, args.out / "which_prior.json")
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = "knn knn_head knn_middle knn_tail probe same_background gain".split()
     print("data contrast prior     method" + "".join(f"{column:>16}" for column in columns))
     for arm, row in summary.items():
         data_exponent, contrast, exponent, method = arm
         exponent = "" if exponent is None else f"{exponent:.2f}"
-        cells = ["{mean:.3f} ± {std:.3f}".format(**row[column]) for column in columns
-                 if column in row]
         print(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{method:>11}"
-              + "".join(f"{cell:>16}" for cell in cells))
-    content = {"config": {**vars(args), "torch": torch.__version__}, "runs": runs}
-    (args.out / "which_prior.json").write_text(json.dumps(content, indent=1, default=str))
+              + "".join(f"{cell(row, column):>16}" for column in columns))
     plot(summary, args.out / "which_prior.png")
     print(f"After {time.time() - began:.0f} s, results and figure are in {args.out}")
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

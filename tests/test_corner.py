@@ -1,6 +1,9 @@
 """mnist_corner.py: its data, its measures, and its fairness between the priors."""
 
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -141,6 +144,44 @@ def test_the_figure_says_which_exponents_prefer_the_digit(tmp_path, monkeypatch)
     text = suptitle.call_args.args[0]
     assert "exponents 0.5, 1\n" in text and "n = 4" in text
 
+def test_a_loss_that_no_start_has_is_left_out_everywhere(tmp_path, monkeypatch):
+    """One start on whole images encodes the digit or the background, but not both."""
+    record = run(0.0, starts=0)
+    assert len({"digit_start", "background_start"} & set(record["results"])) == 1
+    both = {"digit_start": 1.0, "background_start": 2.0, "same_digit": 0.5, "loss": math.nan}
+    one = {"digit_start": 3.0, "same_digit": 0.5, "loss": math.inf}
+    runs = [{"exponent": 1.0, "results": mnist_corner.finite(x)} for x in (both, one)]
+    summary = mnist_corner.summarize(runs, key=lambda run: run["exponent"])
+    assert summary[1.0] == {"n": 2, "digit_start": {"mean": 2.0, "std": pytest.approx(2**0.5)},
+                            "same_digit": {"mean": 0.5, "std": 0.0}}
+    assert mnist_corner.cell(summary[1.0], "digit_start") == "2.000 ± 1.414"
+    assert mnist_corner.cell(summary[1.0], "background_start") == "-"
+    suptitle = Mock()
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", suptitle)
+    mnist_corner.plot_preference(summary, 1.0, tmp_path / "preference.png")
+    assert "no exponent that has both kinds of starts" in suptitle.call_args.args[0]
+
+def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    results, model = tmp_path / "results.json", tmp_path / "model.pt"
+    mnist_corner.save({"path": tmp_path, "loss": 1.0}, results)
+    mnist_corner.save({"weight": torch.ones(2)}, model)
+    with pytest.raises(ValueError):
+        mnist_corner.save({"loss": math.nan}, results)  # It would be no JSON.
+    with monkeypatch.context() as patch:
+
+        def is_killed(*_):
+            for temporary in tmp_path.glob("*.tmp"):
+                temporary.write_bytes(temporary.read_bytes()[:3])
+            raise KeyboardInterrupt
+        patch.setattr(os, "replace", is_killed)
+        for content, path in (({"loss": 2.0}, results), ({"weight": torch.zeros(2)}, model)):
+            with pytest.raises(KeyboardInterrupt):
+                mnist_corner.save(content, path)
+    assert json.loads(results.read_text()) == {"path": str(tmp_path), "loss": 1.0}
+    assert torch.load(model, weights_only=True)["weight"].tolist() == [1, 1]
+    mnist_corner.save({"loss": 2.0}, results)
+    assert json.loads(results.read_text()) == {"loss": 2.0}
+
 def test_cifar_as_torchvision_gives_it(monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 99, (40, 32, 32, 3), dtype=np.uint8)
     def cifar(root, transform, download):
@@ -174,18 +215,27 @@ def test_quick_run_finds_the_digit_and_has_the_bits_of_one_process(tmp_path):
     assert min(Image.open(tmp_path / "neighbors.png").size) > 300
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
-def test_a_run_that_is_stopped_ends_all_its_processes(tmp_path):
-    command = [sys.executable, mnist_corner.__file__, "--out", tmp_path]
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
+    """The program handles SIGTERM as Ctrl-C. It cannot handle SIGKILL, but its workers notice."""
+    options = "--images 256 --starts 0 --epochs 1000000 --workers 2 --out".split()
+    command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(workers := children.read_text().split()) < 3:  # with the resource tracker
         time.sleep(0.1)
-    process.terminate()  # the program handles it as Ctrl-C
+    if stop == signal.SIGKILL:
+        # A worker has finished an epoch when there is a line below the head of the table.
+        assert process.stdout.readline() and process.stdout.readline()
+    process.send_signal(stop)
     process.wait(timeout=30)
     assert process.returncode != 0 and not list(tmp_path.iterdir())
     deadline = time.time() + 20
-    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):
-        assert time.time() < deadline
+    while left := [worker for worker in workers if Path(f"/proc/{worker}/exe").exists()]:
+        if time.time() > deadline:
+            for worker in left:
+                os.kill(int(worker), signal.SIGKILL)
+            pytest.fail(f"{len(left)} processes go on")
         time.sleep(0.1)
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST and CIFAR-10 are not in ../shared/data")

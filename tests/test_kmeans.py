@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import pmsn
 import toy_kmeans
 
 def test_adjusted_rand_index_is_scikit_learns():
@@ -35,6 +36,22 @@ def test_kmeans_with_equal_sizes_is_the_best_of_all_halves():
 def test_kmeans_survives_empty_clusters():
     clusters, objective = toy_kmeans.kmeans(torch.zeros(4, 2), 3, starts=2)
     assert objective == 0 and clusters.tolist() == [0, 0, 0, 0]
+
+@pytest.mark.parametrize("sizes", [(80, 15, 5), (98, 1, 1), (34, 33, 33), (90, 10)])
+def test_vicreg_prefers_equal_sizes_at_the_corners_of_a_simplex_only(sizes):
+    """Whitened one-hot vectors in K - 1 dimensions cost it nothing, whatever the sizes."""
+    one_hot = np.repeat(np.eye(len(sizes)), sizes, axis=0)
+    one_hot -= one_hot.mean(axis=0)
+    variances, axes = np.linalg.eigh(np.cov(one_hot.T))
+    assert abs(variances[0]) < 1e-12 < variances[1]  # K - 1 dimensions
+    whitened = one_hot @ axes[:, 1:] / np.sqrt(variances[1:])  # (N, K - 1)
+    covariances = np.atleast_2d(np.cov(whitened.T))
+    np.testing.assert_allclose(covariances, np.eye(len(sizes) - 1), atol=1e-10)
+    _, terms = pmsn.vicreg_loss(torch.tensor(whitened), torch.tensor(whitened))
+    assert terms["variance"] == 0 and terms["covariance"] < 1e-20
+    prior = pmsn.power_law_prior(len(sizes), 0.0)
+    at_corners = toy_kmeans.volume_terms(torch.tensor(sizes), prior)["VICReg"]
+    assert at_corners > (5 if max(sizes) > 50 else 0)
 
 def test_quick_run_finds_groups_with_the_matched_prior_that_kmeans_cuts(tmp_path, capsys):
     out = tmp_path / "new" / "folder"

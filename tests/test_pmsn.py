@@ -675,6 +675,9 @@ def loss_with(**options):
 def two_views(loss, **options):
     return loss(*random_inputs(views=1)[:2], **options)
 
+def swav_with(**options):
+    return pmsn.swav_loss(*random_inputs(views=1), **options)
+
 @pytest.mark.parametrize("function, arguments, message", [
     (lambda x: pmsn.power_law_prior(5, x), [-0.1, math.inf, math.nan], "exponent|prior"),
     (pmsn.class_prior, [[], [3, 0, 1], [3, math.inf]], "prior"),
@@ -685,12 +688,9 @@ def two_views(loss, **options):
     (lambda x: loss_with(sinkhorn_iterations=x), [-1], "sinkhorn_iterations"),
     (lambda x: loss_with(prior_weight=x), [-1.0, math.nan], "prior_weight"),
     (lambda x: two_views(pmsn.simclr_loss, temperature=x), [0, -1, math.nan], "temperature"),
-    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(3, 6).double(), temperature=x), [0, -1],
-     "temperature"),
-    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(3, 6).double(), epsilon=x), [0, -1],
-     "temperature"),
-    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(3, 6), sinkhorn_iterations=x),
-     [0, -1], "one Sinkhorn iteration"),
+    (lambda x: swav_with(temperature=x), [0, -1, math.nan], "temperature"),
+    (lambda x: swav_with(epsilon=x), [0, -1, math.nan], "temperature"),
+    (lambda x: swav_with(sinkhorn_iterations=x), [0, -1], "one Sinkhorn iteration"),
     (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(x)), [(3, 5), (6,), (3, 1)],
      "prototypes"),
     *[(lambda x, loss=loss: loss(*ones(x)), NO_VIEWS, "two views must")

@@ -90,7 +90,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
     fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
-             "train_unet": lambda *args: (SimpleNamespace(state_dict=dict), 0.5),
+             "train_unet": lambda *args: (SimpleNamespace(state_dict=dict), float("nan")),
              "project": lambda model, x: model.prototypes[x[:, 0, 0, 0].long()] / 2,
              "draw": draw, "classify": classify}
     for name, fake in fakes.items():
@@ -102,6 +102,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
         assert results[name] == pytest.approx(1), name
     assert results["background_of_samples"] == pytest.approx(0.5)
+    assert "loss" not in results  # NaN is no result, and no JSON.
     assert record["shares"] == pytest.approx([k / 55 for k in range(1, 11)])
     # In the figure the prototype with the largest share comes first.
     assert (np.diff(pictures["shares"]) < 0).all()

@@ -1,5 +1,8 @@
 """The README: its commands run, its example runs, its files exist. All scripts: help, errors."""
 
+import io
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +27,8 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 SCRIPTS = sorted(path for folder in (REPOSITORY, REPOSITORY / "extras")
                  for path in folder.glob("*.py") if path.name != "pmsn.py")
+COLUMNS = "digit_start background_start same_digit same_background prior_kl"
+RESULTS = dict.fromkeys(COLUMNS.split(), 0.5)
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train_inat.py --data" in c])
 def test_training_commands_are_understood(command, tmp_path):
@@ -74,15 +79,25 @@ def test_pmsn_needs_torch_and_torchvision_only():
     assert imported - sys.stdlib_module_names == {"torch", "torchvision"}
 
 def test_help_works_from_any_folder_without_data(tmp_path):
+    """Also from a notebook whose backend is not installed, and in a terminal that takes ASCII."""
     code = """if True:
-        import runpy, sys
+        import os, runpy, sys
+        import pmsn  # once for all scripts, because torch takes seconds
         for script in sys.argv[1:]:
-            sys.argv = [script, "--help"]
-            try:
-                runpy.run_path(script, run_name="__main__")
-            except SystemExit as end:
-                assert end.code == 0, script"""
+            if os.fork() == 0:
+                sys.argv = [script, "--help"]
+                try:
+                    runpy.run_path(script, run_name="__main__")
+                except SystemExit as end:
+                    assert end.code == 0, script
+                    # benchmark.py prints ASCII only.
+                    assert script.endswith("benchmark.py") or sys.stdout.errors != "strict", script
+                sys.stdout.flush()
+                os._exit(0)  # Tidying up would take longer than all the rest.
+            assert os.wait()[1] == 0, script"""
     result = subprocess.run([sys.executable, "-c", code, *SCRIPTS], cwd=tmp_path, text=True,
+                            env={**os.environ, "PYTHONIOENCODING": "ascii",
+                                 "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
                             capture_output=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert all(f"usage: {script.name}" in result.stdout for script in SCRIPTS)
@@ -92,16 +107,28 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (mnist_corner, "--digits SVHN", "SVHN"),
     (mnist_corner, "--digits MNIST", "downloading: no route"),
     (mnist_corner, "--backgrounds no/such", "'no/such'. --digits synthetic"),
-    (mnist_corner, "--images 255", "must be finite, from 256 to inf, got 255"),
+    (mnist_corner, "--images 255", "--images: must be from 256 to 1000000000, got 255"),
+    (mnist_corner, "--seeds -1", "--seeds: must be from 0 to 2000000000, got -1"),
     (mnist_corner, "--starts 4", "choose from 0, 9"),
     (mnist_corner, "--exponent 50", "to 4"),
     (mnist_corner, "--contrast nan", "to 1"),
     (mnist_corner, "--prior_weight inf", "inf"),
-    (toy_kmeans, "--seed -1", "--seed: must be finite, from 0 to 4294967295, got -1"),
-    (toy_kmeans, "--imbalance 0.5", "--imbalance: must be finite, from 1 to 100, got 0.5"),
+    (toy_kmeans, "--seed -1", "--seed: must be from 0 to 4294967295, got -1"),
+    (toy_kmeans, "--imbalance 0.5", "--imbalance: must be from 1 to 100, got 0.5"),
+    *[(script, f"{flag} {'9' * digits}", f"{flag}: must be from") for digits in (20, 400)
+      for script, flag in ((mnist_corner, "--images"), (toy_kmeans, "--seed"),
+                           (imbalance, "--batch_size"), (rcdm, "--steps"),
+                           (which_prior, "--prototypes"), (which_prior, "--prior_exponents"))],
+    *[(script, "--seeds 3 0 3", "--seeds: 3 is given twice")
+      for script in (mnist_corner, imbalance, rcdm, which_prior)],
+    (imbalance, "--methods MAE MSN MAE", "--methods: MAE is given twice"),
+    (which_prior, "--methods plain plain", "--methods: plain is given twice"),
+    (which_prior, "--prior_exponents 0 0.0", "--prior_exponents: 0.0 is given twice"),
+    (which_prior, "--data_exponents 1 .5 1", "--data_exponents: 1.0 is given twice"),
+    (which_prior, "--contrasts .7 .70", "--contrasts: 0.7 is given twice"),
     (imbalance, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--images 100", "--data, --out or --batch_size: "),
-    (imbalance, "--quick --lr 1e30", "the loss of SimCLR is not finite in epoch 1: try a lower"),
+    (imbalance, "--quick --lr 1e9", "the loss of SimCLR is not finite in epoch 1: try a lower"),
     (rcdm, "--models no", "no/results.json"),
     (transfer, "--encoder random --task folder", "one --data per --task"),
     (transfer, "--encoder random --task folder folder --data x x", "is given twice"),
@@ -120,3 +147,54 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
         script.main(["--out", str(tmp_path), *options.split()])
     _, line = capsys.readouterr().err.split("error: ", 1)
     assert message in line and line.count("\n") == 1
+
+@pytest.mark.parametrize("script, file, fakes", [
+    (toy_kmeans, "results.json", {
+        "sweep": lambda *_: print("0 ± 0") or ({}, {}),
+        "volume_terms": lambda *_: {"MSN": 0.0},
+        "plot_hidden_prior": None}),
+    (mnist_corner, "results.json", {
+        "run_in_processes": lambda *_: [({"exponent": 0.0, "results": RESULTS}, None)],
+        "plot_neighbors": None}),
+    (imbalance, "results.json", {
+        "train": lambda *_: None, "measure": lambda *_: [0.0, 0.0], "plot": None}),
+    (rcdm, "rcdm.json", {
+        "CornerImages": Mock(), "load_pmsn": Mock(), "plot": None,
+        "run_in_processes": lambda *_: [({"exponent": x, "results": RESULTS}, 0) for x in (0, 1)]}),
+    (which_prior, "which_prior.json", {
+        "run_in_processes": lambda *_: [[{"data_exponent": 0, "contrast": 0, "prior_exponent": 0,
+                                          "method": "plain", "results": RESULTS}]],
+        "plot": None})])
+def test_results_are_safe_before_the_table_and_the_figures(
+        script, file, fakes, tmp_path, monkeypatch, capsys):
+    """A figure can need LaTeX that is missing, and a terminal can refuse the sign ±."""
+    options = ["--quick", "--out", str(tmp_path)]
+    if script is not toy_kmeans:
+        options += ["--seeds", "0", "1"]
+    if script is rcdm:
+        (tmp_path / "results.json").write_text('{"config": {"exponent": 1}}')
+        options += ["--models", str(tmp_path)]
+    no_figure = Mock(side_effect=RuntimeError("no LaTeX"))
+    for name, fake in fakes.items():
+        monkeypatch.setattr(script, name, fake or no_figure)
+
+    with pytest.raises(RuntimeError, match="no LaTeX"):
+        script.main(options)
+    assert " ± " in capsys.readouterr().out
+    assert json.loads((tmp_path / file).read_text())["config"]["quick"]
+
+    # The new results replace the old ones at once, or not at all.
+    (tmp_path / file).write_text("old")
+    if script is rcdm:
+        (tmp_path / "results.json").write_text('{"config": {"exponent": 1}}')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            script.main(options)
+    assert (tmp_path / file).read_text() == "old"
+
+    if script is not toy_kmeans:  # Its table grows during the run.
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        with pytest.raises(UnicodeEncodeError):
+            script.main(options)
+        assert json.loads((tmp_path / file).read_text())["config"]["quick"]

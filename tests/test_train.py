@@ -187,7 +187,8 @@ def test_json_of_another_kind_is_named(content, tmp_path):
     with pytest.raises(ValueError, match="train2019.json"):  # half a file
         train_inat.find_images(tmp_path)
 
-@pytest.mark.parametrize("text", ["", "a.jpg\n", "a.jpg cat\n", "a.jpg 1\n\nb.jpg 2\n", "a.jpg -1\n"])
+@pytest.mark.parametrize("text", [
+    "", "a.jpg\n", "a.jpg cat\n", "a.jpg 1\n\nb.jpg 2\n", "a.jpg -1\n"])
 def test_lists_of_another_kind_are_named(text, tmp_path):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match="list.txt must be a path and the number of a class"):
@@ -391,7 +392,8 @@ def test_twenty_steps_equal_a_plain_loop(argv, prior, options, data, tmp_path, m
     Each epoch has all images once, in a new order, and no step has the random numbers of another.
     """
     if "classes" in argv:
-        monkeypatch.setattr(f"{__name__}.SMALL", [x for x in SMALL if x not in ("--prototypes", "6")])
+        without_prototypes = [word for word in SMALL if word not in ("--prototypes", "6")]
+        monkeypatch.setattr(f"{__name__}.SMALL", without_prototypes)
     model, steps = train_in_float64(tmp_path / "out", data, monkeypatch, *argv)
     assert len(steps) == STEPS == len({tuple(state.tolist()) for _, _, state in steps})
     epochs = [sum((index for _, index, _ in steps[i : i + 5]), []) for i in range(0, STEPS, 5)]
@@ -605,7 +607,7 @@ def test_a_mistake_is_reported_once_by_torchrun(data, tmp_path):
          train_inat.__file__, *SMALL, "--data", str(data), "--lr", "nan", "--out", str(tmp_path)],
         text=True, capture_output=True, timeout=100)
     assert process.stderr.count("train_inat.py: error: argument --lr: must be from") == 1
-    assert "Traceback (most recent call last):\n  File \"" + train_inat.__file__ not in process.stderr
+    assert f'Traceback (most recent call last):\n  File "{train_inat.__file__}' not in process.stderr
 
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(data, undisturbed, tmp_path):
     def without_a_compiler(plain=nn.Module.compile):
