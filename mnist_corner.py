@@ -158,21 +158,19 @@ def make_encoder(size, widths=(32, 64, 64)):
     # The mean over the positions would lose where the digit is.
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * (size // 8) ** 2, 128))
 
-def make_model(encoder, num_prototypes, exponent, args):
+def make_model(encoder, num_prototypes, exponent):
     head = nn.Sequential(nn.Linear(128, 64), nn.BatchNorm1d(64, affine=False))
     return pmsn.PMSN(encoder, pmsn.power_law_prior(num_prototypes, exponent), head=head,
-                     output_dim=64, patch_drop=0.0, prior_weight=args.prior_weight,
-                     sinkhorn_iterations=args.sinkhorn_iterations,
-                     relative_sharpening=args.relative_sharpening)
+                     output_dim=64, patch_drop=0.0)
 
 def make_start(window, seed, exponent, args):
     """A model that sees one window (row, column, size) of the images."""
     torch.manual_seed(seed)  # All starts and all priors get the same weights.
-    model = make_model(make_encoder(window[2]), 10, exponent, args)  # ten prototypes
+    model = make_model(make_encoder(window[2]), 10, exponent)  # ten prototypes
     models = nn.ModuleList([model])
     if args.overcluster:
         # A second model on the same encoder, with more prototypes, sees finer differences.
-        models.append(make_model(model.encoder, args.overcluster, exponent, args))
+        models.append(make_model(model.encoder, args.overcluster, exponent))
     return SimpleNamespace(window=window, models=models)
 
 def widen(start):
@@ -211,9 +209,11 @@ def train(runs, stage, epochs, data, args, progress):
 
             for run in runs:
                 crops = [crop(view, run.window) for view in views]
-                for model in run.models:
-                    model.loss_options["sharpening"] = sharpening
-                losses, terms = zip(*[model(crops) for model in run.models])
+                losses, terms = zip(*[
+                    model(crops, sharpening=sharpening, prior_weight=args.prior_weight,
+                          sinkhorn_iterations=args.sinkhorn_iterations,
+                          relative_sharpening=args.relative_sharpening)
+                    for model in run.models])
                 run.optimizer.param_groups[0]["lr"] = peak_lr * warmup * decay
                 run.optimizer.zero_grad()
                 sum(losses).backward()

@@ -19,11 +19,23 @@ them evenly (pose, background). PMSN is MSN (Assran et al., ECCV 2022) with a pr
     pi       prior               share of the images that each prototype should get (K,)
 
 With a uniform pi, KL = log K - H(p_bar): the loss of MSN up to log K. (Sinkhorn is an option.)
-An image gives one target view and M anchors: large crops that lose some patches (masked) and small
-focal crops. The target network is a moving average of the trained one, and gives the features:
 
-    loss, terms = model(make_views(crops))    # model = PMSN(encoder, prior), crops of multi_crop
-    optimizer.zero_grad(), loss.backward(), optimizer.step(), model.update_target(0.996)
+An image gives one target view and M anchors: large crops that lose some patches (masked), and
+small crops. The target network is a moving average of the trained network. Its features are the
+result of the training. All of it in nine lines (`python pmsn.py` runs them on noise):
+
+    model = PMSN(VisionTransformer(), prior=power_law_prior(1024, exponent=0.25))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for crops in loader:                        # multi_crop of every image of a mini-batch
+        loss, terms = model(make_views(crops))  # terms are for the log
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_target(ema_momentum=0.996)
+    features = model.target_encoder(images)
+
+The file has this order: priors, loss, network, PMSN, views, samplers, evaluation, and last the same
+hidden prior in three other losses.
 """
 
 import copy
@@ -36,37 +48,45 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
+
 # ---- Priors: tensors (K,), positive, with sum 1 --------------------------------------------------
 def power_law_prior(num_prototypes, exponent):
-    """pi_k proportional to k^-exponent for k = 1..K. Exponent 0 is the uniform prior of MSN."""
+    """pi_k proportional to k^-exponent for k = 1..K. Exponent 0 is the uniform prior of MSN.
+
+    Raises ValueError for a negative exponent, and for one so large that a share becomes 0.
+    """
     if exponent < 0:
         raise ValueError(f"exponent must be at least 0, got {exponent}")
-    return class_prior(torch.arange(1, num_prototypes + 1).double() ** -exponent)
+    return normalize(torch.arange(1, num_prototypes + 1).double() ** -exponent)
+
 
 def class_prior(counts):
-    """The shares of a histogram, (K,) -> (K,), sorted: entry k is no longer class k."""
-    counts = torch.as_tensor(counts).double().sort(descending=True).values
-    prior = (counts / counts.sum()).float()
+    """The shares of a histogram, (K,) -> (K,): prototype c gets the share of class c.
+
+    The loss does not know which image is of which class. Only the sizes of the classes matter.
+    """
+    return normalize(torch.as_tensor(counts).double())
+
+
+def normalize(shares):
+    prior = (shares / shares.sum()).float()
     check_prior(prior)
     return prior
+
 
 # ---- Loss ----------------------------------------------------------------------------------------
 def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpening=0.25,
               prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False):
     """The loss of the paper, in nats, and its terms. The table above gives the shapes.
 
-    Anchors are in view-major order: all images of the first view, then of the second view.
-    Gradients reach anchors and prototypes. Averaged over GPUs, as DDP does, they are exact.
-    See `sinkhorn` and `sharpen` for the last two options. Raises ValueError for shapes that do
-    not fit, for options out of their range, and for an invalid prior (see `check_prior`).
+    Anchors are ordered by views: first the first view of all images, then their second view, and
+    so on. Gradients reach anchors and prototypes. With several GPUs, DistributedDataParallel must
+    average the gradients (it does by default). See `sinkhorn` and `sharpen` for the last two
+    options. Raises ValueError for shapes that do not fit, for options out of their range, and for
+    an invalid prior (see `check_prior`).
     """
     check_prior(prior)
-    matrices = [anchors, targets, prototypes]
-    if (any(x.ndim != 2 for x in matrices) or len({x.shape[1] for x in matrices}) > 1
-            or len(targets) == 0 or len(anchors) % len(targets) or len(prototypes) != len(prior)):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
-        raise ValueError("anchors (M*B, d), targets (B, d), prototypes (K, d) and prior (K,) must "
-                         f"fit, but they have the shapes {shapes}")
+    check_embeddings(anchors, targets, prototypes, prior)
     if not prior_weight >= 0:
         raise ValueError(f"prior_weight must be at least 0, got {prior_weight}")
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
@@ -79,10 +99,14 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     # Every anchor view of an image predicts the same target: (M, B, K) against (B, K).
     log_p_views = log_p.unflatten(0, (-1, len(targets)))
     cross_entropy = -(p_target * log_p_views).sum(dim=-1).mean()
+
     # The prior is about the whole batch, so p_bar is the mean over all GPUs, with gradient.
     p_bar = mean_over_ranks(log_p.exp().mean(dim=0))  # (K,)
-    log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()  # p_bar can underflow to 0
+    # The share of a prototype that no image comes near is rounded to 0, and log 0 is infinite.
+    # The smallest number of this precision in its place changes nothing else.
+    log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()
     prior_kl = (p_bar * (log_p_bar - log_prior)).sum()
+
     loss = cross_entropy + prior_weight * prior_kl
     return loss, {
         "cross_entropy": cross_entropy.detach(),
@@ -92,14 +116,12 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
         "effective_prototypes": torch.special.entr(p_bar.detach()).sum().exp(),
     }
 
+
 def log_predictions(embeddings, prototypes, temperature):
     """log softmax(cosine(z, q) / temperature): (N, d), (K, d) -> (N, K)."""
     check_temperature(temperature)
     return F.log_softmax(cosine(embeddings, prototypes) / temperature, dim=-1)
 
-def check_temperature(temperature):
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"a temperature must be positive, got {temperature}")
 
 def cosine(x, y):
     """The cosines of all pairs: (N, d), (n, d) -> (N, n), at least in float32."""
@@ -109,50 +131,64 @@ def cosine(x, y):
         y = F.normalize(at_least_float32(y), dim=-1)
         return x @ y.T
 
+
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 def sharpen(log_p, sharpening, log_prior=0.0):
     """p^(1/T) / sum with T = `sharpening` in (0, 1], on logarithms: (N, K) -> (N, K). From MSN.
 
-    If the prior is steep, the constant prediction p = pi is sharpened to its largest entries. Then
-    p = pi has a low loss, and training can collapse to it. `relative_sharpening`, which is not in
-    the paper, sharpens p / pi: now p = pi has the loss H(pi), as p = 1/K has in MSN.
+    Sharpening favors the largest entries of a steep prior. Suppose that every image gets the same
+    prediction p = pi, so that the network has learned nothing. With K = 10, exponent 1 and T = 1/4
+    this costs only 1.14 nats of cross-entropy, and its KL is 0. Training can collapse to it.
+
+    With `log_prior` we sharpen p / pi in place of p (`relative_sharpening`, which is not in the
+    paper). Now p = pi stays as it is and costs H(pi) = 1.99 nats, as p = 1/K costs log K in MSN.
     """
     if not 0 < sharpening <= 1:
         raise ValueError(f"sharpening must lie in (0, 1], got {sharpening}")
     return F.log_softmax(log_prior + (log_p - log_prior) / sharpening, dim=-1)
 
+
 def sinkhorn(log_p, log_prior, iterations):
     """Rescale predictions until their mean over all GPUs is nearly pi: (N, K), (K,) -> (N, K).
 
     MSN and SwAV do this with the uniform prior, which would undo any other prior in the loss.
-    Logarithms are used because tiny predictions would become 0 otherwise. Rows sum to 1.
+    Raises ValueError for a negative number of iterations.
     """
     if iterations < 0:
         raise ValueError(f"sinkhorn_iterations must be at least 0, got {iterations}")
     for _ in range(iterations):
+        # Columns: the mean prediction of every prototype becomes its share pi_k. All predictions
+        # of a prototype can be too small for exp, so we divide by the largest one first.
         largest = log_p.amax(dim=0)  # (K,)
         if num_ranks() > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         mean = mean_over_ranks((log_p - largest).exp().mean(dim=0))
         log_p = log_p - largest - mean.log() + log_prior
+        # Rows: every prediction gets the sum 1 again, which moves the columns a little.
         log_p = F.log_softmax(log_p, dim=-1)
     return log_p
+
 
 def num_ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
+
 def mean_over_ranks(x):
-    """The mean of x over all processes, with the gradient of the local x."""
+    """The mean of x over all processes (ranks). The gradient is that of the local x."""
     mean = x.detach().clone()
     if num_ranks() > 1:
-        dist.all_reduce(mean)
-    # The last term is 0 and only carries the gradient. DDP averages it over the processes.
+        dist.all_reduce(mean)  # the sum over W processes
+    # The local x has a share of 1/W in the mean, so its gradient should be divided by W. We leave
+    # this to DistributedDataParallel, which averages the gradients of all parameters over the
+    # processes. The last term is 0, and only carries the gradient.
     return mean / num_ranks() + (x - x.detach())
 
+
 def check_prior(prior):
-    """Raise ValueError unless the prior is a tensor (K,), positive, with sum 1."""
+    """Raise ValueError unless the prior is a tensor (K,) of floats, positive, with sum 1."""
     if not isinstance(prior, torch.Tensor) or prior.ndim != 1 or not prior.is_floating_point():
         raise ValueError(f"a prior must be a tensor (K,) of floats, got {prior!r}")
     # In half precision a thousand rounded shares do not sum to 1 exactly.
@@ -161,6 +197,23 @@ def check_prior(prior):
     on_cpu = prior.device.type == "cpu"
     if on_cpu and not ((prior > 0).all() and abs(prior.double().sum() - 1) < tolerance):
         raise ValueError(f"a prior must be positive and sum to 1, got {prior}")
+
+
+def check_embeddings(anchors, targets, prototypes, prior):
+    """Raise ValueError unless these are (M*B, d), (B, d), (K, d) and (K,)."""
+    matrices = (anchors, targets, prototypes)
+    fit = all(x.ndim == 2 and x.shape[1] == prototypes.shape[-1] for x in matrices)
+    fit = fit and len(targets) > 0 and len(anchors) % len(targets) == 0
+    if not fit or len(prototypes) != len(prior):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
+        raise ValueError("anchors (M*B, d), targets (B, d), prototypes (K, d) and prior (K,) must "
+                         f"fit, but they have the shapes {shapes}")
+
+
+def check_temperature(temperature):
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"a temperature must be positive, got {temperature}")
+
 
 # ---- Vision transformer (Dosovitskiy et al., 2021), with the parameter names of timm -------------
 class Attention(nn.Module):
@@ -176,6 +229,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
+
 class Block(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -188,6 +242,7 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
 
 class VisionTransformer(nn.Module):
     """ViT encoder: images (B, 3, H, W) -> features of the CLS token (B, embed_dim).
@@ -222,11 +277,12 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embed(images)  # (B, embed_dim, h, w)
         position = self.pos_embed[:, 1:]
         if tokens.shape[2:] != self.grid:
-            # Focal views are smaller. Their position embeddings are interpolated, as in timm.
+            # Small crops have fewer patches. Position embeddings are interpolated, as in timm.
             position = at_least_float32(position).unflatten(1, self.grid).permute(0, 3, 1, 2)
             position = F.interpolate(position, tokens.shape[2:], mode="bicubic", antialias=True)
             position = position.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
         return tokens.flatten(2).transpose(1, 2) + position
+
 
 def drop_patches(tokens, patch_drop):
     """Random tokens of each image: (B, N, dim) -> (B, kept, dim) and their indices (B, kept)."""
@@ -235,6 +291,7 @@ def drop_patches(tokens, patch_drop):
     order = torch.rand(batch, count, device=tokens.device).argsort(dim=1)
     indices = order[:, :kept]
     return tokens.gather(1, indices[:, :, None].expand(-1, -1, dim)), indices
+
 
 def init_weights(module):
     """The initialization of MSN, for encoder and head."""
@@ -245,6 +302,7 @@ def init_weights(module):
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.zeros_(module.bias)
 
+
 # ---- PMSN: a network that is trained on anchors, and a target network that follows it ------------
 def projection_head(input_dim, hidden_dim=2048, output_dim=256):
     """The head of MSN: (B, input_dim) -> (B, output_dim)."""
@@ -254,40 +312,46 @@ def projection_head(input_dim, hidden_dim=2048, output_dim=256):
         nn.Linear(hidden_dim, output_dim),
     ).apply(init_weights)
 
+
 class PMSN(nn.Module):
     """Encoder, head and prototypes, and the target network: a moving average of encoder and head.
 
     The encoder maps images to (B, encoder.embed_dim), and the head maps this to (B, output_dim).
-    An encoder without the argument `patch_drop` needs patch_drop=0 here. The prior is (K,).
-    `loss_options` go to `pmsn_loss`. A schedule can change them: model.loss_options["sharpening"].
+    Without `head`, it is the head of MSN. The prior is (K,). `patch_drop` in [0, 1) is the share of
+    its patches that a masked view loses. The encoder gets it as an argument of this name, and if it
+    is 0, it does not get it, so the vision transformers of the library timm fit too.
     """
-    def __init__(self, encoder, prior, *, head=None, output_dim=256, patch_drop=0.15,
-                 **loss_options):
+    def __init__(self, encoder, prior, *, head=None, output_dim=256, patch_drop=0.15):
         super().__init__()
         check_prior(prior)
-        self.encoder = encoder
         if head is None:
             head = projection_head(encoder.embed_dim, output_dim=output_dim)
-        self.head = head
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.target_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.encoder, self.head = encoder, head
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.target_head = copy.deepcopy(head).requires_grad_(False)
         # Prototypes are parameters of this module, so that DDP averages their gradients too.
         prototypes = torch.empty(len(prior), output_dim).uniform_(-1, 1) / math.sqrt(output_dim)
         self.prototypes = nn.Parameter(prototypes)
         self.register_buffer("prior", prior.clone())
-        self.patch_drop, self.loss_options = patch_drop, loss_options
+        self.patch_drop = patch_drop
 
-    def forward(self, views):
-        """[target view (B, C, H, W), masked anchors, other anchors ...] -> (loss, terms)."""
+    def forward(self, views, **loss_options):
+        """[target view, masked anchors, other anchors ...], each (n * B, C, H, W) -> (loss, terms).
+
+        There is one target view per image, and any number of anchors. `loss_options` go to
+        `pmsn_loss`.
+        """
         target_view, masked_views, *other_views = views
-        drop = {"patch_drop": self.patch_drop} if self.patch_drop else {}
-        features = [self.encoder(masked_views, **drop)]
+        if self.patch_drop:
+            features = [self.encoder(masked_views, patch_drop=self.patch_drop)]
+        else:
+            features = [self.encoder(masked_views)]
         features += [self.encoder(view) for view in other_views]
         # As in MSN, BatchNorm in the head treats each crop size separately.
         anchors = torch.cat([self.head(x) for x in features])  # (M*B, d)
         with torch.no_grad():
             targets = self.target_head(self.target_encoder(target_view))  # (B, d)
-        return pmsn_loss(anchors, targets, self.prototypes, self.prior, **self.loss_options)
+        return pmsn_loss(anchors, targets, self.prototypes, self.prior, **loss_options)
 
     @torch.no_grad()
     def update_target(self, ema_momentum):
@@ -297,14 +361,17 @@ class PMSN(nn.Module):
             for slow, fast in zip(target.parameters(), anchor.parameters()):
                 slow.lerp_(fast, 1 - ema_momentum)
 
+
 # ---- Views: crops by the workers of the data loader, colors on the device ------------------------
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size=96,
                rand_scale=(0.3, 1.0), focal_scale=(0.05, 0.3)):
     """Random crops and flips of one image, uint8 (3, H, W). The defaults are those of MSN.
 
+    MSN calls the large crops "rand" and the small crops "focal". `scale` is the share of the area.
     Returns [target (1, 3, S, S), rand (rand_views, 3, S, S), focal (focal_views, 3, s, s)], uint8.
     Raises ValueError without any rand view: then `PMSN.forward` would mask the focal views.
     """
@@ -321,22 +388,27 @@ def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size
     ]
     return [torch.stack(views) for views in crops if views]
 
+
 def make_views(crops, **color_options):
     """Collated crops [(B, views, 3, S, S), ...] -> the views that `PMSN.forward` takes."""
     # Eight images fit into the cache of a CPU, which halves the time. 4096 limit GPU memory.
     chunk = 8 if crops[0].device.type == "cpu" else 4096
     views = []
     for crop in crops:
-        view = crop.transpose(0, 1).flatten(0, 1)  # view-major
+        view = crop.transpose(0, 1).flatten(0, 1)  # (views * B, 3, S, S), ordered by views
         parts = [augment_colors(part, **color_options) for part in view.split(chunk)]
         views.append(torch.cat(parts))
     return views
+
 
 def augment_colors(images, *, jitter=0.5, jitter_p=0.8, gray_p=0.2, blur_p=0.5):
     """Color jitter, grayscale and blur as in MSN, then normalization: (N, 3, H, W) -> the same.
 
     Images are uint8, or float in [0, 1]. Each `_p` is the probability that an image is changed.
-    Jitter is ColorJitter(.8 j, .8 j, .8 j, .2 j) with j = `jitter`, as one linear map.
+    Jitter is torchvision's ColorJitter(.8 j, .8 j, .8 j, .2 j) with j = `jitter`. Contrast, gray,
+    saturation, hue and brightness are all linear, so together they are one matrix per image:
+
+        new color = A @ color + C @ (mean color of the image)
     """
     if images.dtype != torch.uint8 and (images.min() < 0 or images.max() > 1):
         raise ValueError("float images must lie in [0, 1]; they are normalized here")
@@ -354,8 +426,9 @@ def augment_colors(images, *, jitter=0.5, jitter_p=0.8, gray_p=0.2, blur_p=0.5):
         images[index] = gaussian_blur(images[index], sigma)
     return v2.functional.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
 
+
 def color_matrices(count, jitter, jitter_p, gray_p):
-    """Random (2, count, 3, 3): new color = first @ color + second @ mean color of the image."""
+    """The random matrices A and C of `augment_colors` for each image, (2, count, 3, 3)."""
     strength = jitter * (torch.rand(count, 1, 1) < jitter_p)
     change = torch.empty(4, count, 1, 1).uniform_(-1, 1) * strength
     brightness, contrast, saturation = 1 + 0.8 * change[:3]
@@ -372,6 +445,7 @@ def color_matrices(count, jitter, jitter_p, gray_p):
     on_mean = brightness * (1 - contrast) * to_gray
     return torch.stack([on_color, on_mean])
 
+
 def gaussian_blur(images, sigma):
     """Blur each image with its own sigma in (0, 2] pixels: (N, C, H, W), (N,) on the CPU."""
     offset = torch.arange(-8, 9)  # 4 sigma to each side
@@ -385,6 +459,7 @@ def gaussian_blur(images, sigma):
     for shape in ((groups, 1, 1, 17), (groups, 1, 17, 1)):
         x = F.conv2d(x, kernel.view(shape), groups=groups)
     return x.view_as(images)
+
 
 # ---- Samplers: which images exist, and which ones share a mini-batch -----------------------------
 def long_tail_indices(labels, prior, seed=0):
@@ -400,6 +475,7 @@ def long_tail_indices(labels, prior, seed=0):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order]
     return torch.cat([order[shuffled == c][:n] for c, n in enumerate(wanted)])
+
 
 class ClassBatchSampler(torch.utils.data.Sampler):
     """A batch_sampler: `classes_per_batch` classes per mini-batch (table 1) for labels (N,).
@@ -435,15 +511,20 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 
         def shuffle(x):
             return x[torch.randperm(len(x), generator=generator)]
-        stacks = [shuffle(member).split(self.part_size) for member in self.members]
-        left = self.num_parts.double()
+
+        parts = [shuffle(member).split(self.part_size) for member in self.members]
+        parts_left = self.num_parts.double()  # of each class, (C,)
+        # A batch takes at most one part of a class. So no class may ever have more parts left than
+        # there are batches left. A class that has as many must be in the next batch: nothing comes
+        # near its weight. The other classes are drawn with weights that are their parts left.
         for batches_left in range(self.num_batches, 0, -1):
-            # A class with a part for every remaining batch must be chosen now, by the weight 1e30.
-            weights = torch.where(left >= batches_left, 1e30, left)
+            weights = torch.where(parts_left >= batches_left, 1e30, parts_left)
             chosen = weights.multinomial(self.classes_per_batch, generator=generator)
-            left[chosen] -= 1
-            batch = torch.cat([stacks[c][int(left[c])] for c in chosen])
-            yield shuffle(batch)[self.rank :: self.world_size].tolist()
+            parts_left[chosen] -= 1
+            last_parts = [parts[c][int(parts_left[c])] for c in chosen]  # not used until now
+            batch = shuffle(torch.cat(last_parts))
+            yield batch[self.rank :: self.world_size].tolist()
+
 
 # ---- Evaluation of frozen features: (N, d) with labels (N,), tested on (Q, d) --------------------
 @torch.no_grad()
@@ -454,6 +535,7 @@ def nearest_neighbors(queries, bank, k):
     found = [cosine(block, bank).topk(k) for block in queries.split(1024)]
     cosines, indices = zip(*found)
     return torch.cat(cosines), torch.cat(indices)
+
 
 def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
     """Classes (Q,) by weighted k-NN (Wu et al., 2018): votes weigh exp(cosine / temperature).
@@ -467,6 +549,7 @@ def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
     votes = weights.new_zeros(len(index), int(labels.max()) + 1)
     votes = votes.scatter_add(1, labels.long()[index], weights)
     return votes.argmax(dim=1)
+
 
 def linear_probe(features, labels, test_features, penalty=1.0):
     """Classes (Q,) by logistic regression on standardized features: the linear probe.
@@ -483,6 +566,7 @@ def linear_probe(features, labels, test_features, penalty=1.0):
     blocks = ((test_x - mean) / std).split(rows_per_block(bias))
     with torch.autocast(x.device.type, enabled=False):
         return torch.cat([(block @ weight + bias).argmax(dim=1) for block in blocks])
+
 
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -520,9 +604,11 @@ def logistic_regression(features, labels, penalty, with_bias=True):
         optimizer.step(closure)
     return weight.detach(), bias.detach()
 
+
 def rows_per_block(bias):
     """How many rows of logits, (rows, C) for biases (C,), have 64 MiB in float32."""
     return max(1, 2**24 // len(bias))
+
 
 def check_features(features, labels, test_features):
     """Raise ValueError unless the classifiers above can use these features and labels.
@@ -544,6 +630,7 @@ def check_features(features, labels, test_features):
         raise ValueError(f"labels must be at least 0, got {labels.min()}. Leave unlabeled images "
                          "out")
 
+
 # ---- The same hidden prior in three other losses: two views (B, d) -> (loss, terms) --------------
 def simclr_loss(first, second, temperature=0.1):
     """SimCLR (Chen et al., 2020). Its uniformity spreads the batch. All negatives are local."""
@@ -556,6 +643,7 @@ def simclr_loss(first, second, temperature=0.1):
     uniformity = others.logsumexp(dim=1).mean()
     terms = {"alignment": alignment.detach(), "uniformity": uniformity.detach()}
     return alignment + uniformity, terms
+
 
 def vicreg_loss(first, second):
     """VICReg (Bardes et al., 2022). Its variance and covariance terms spread the batch."""
@@ -576,6 +664,7 @@ def vicreg_loss(first, second):
     return loss, {"invariance": invariance.detach(), "variance": variance.detach(),
                   "covariance": covariance.detach()}
 
+
 def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn_iterations=3):
     """SwAV (Caron et al., 2020). Its codes use all prototypes equally. This spreads the batch."""
     check_views(first, second)
@@ -595,8 +684,27 @@ def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn
         loss = loss - (code * log_p).sum(dim=-1).mean() / 2
     return loss, {"cross_entropy": loss.detach()}
 
+
 def check_views(first, second):
     """Raise ValueError unless these are two views (B, d) of the same images."""
     if first.ndim != 2 or first.shape != second.shape or len(first) == 0:
         raise ValueError("two views must both have the shape (B, d), got "
                          f"{tuple(first.shape)} and {tuple(second.shape)}")
+
+
+if __name__ == "__main__":
+    # Ten training steps of a small network on noise, to see it run: python pmsn.py
+    torch.manual_seed(0)
+    images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)
+    small_vit = VisionTransformer(image_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
+    model = PMSN(small_vit, prior=power_law_prior(16, exponent=0.25))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    for step in range(10):
+        crops = [multi_crop(x, rand_size=32, focal_size=16, focal_views=2) for x in images]
+        crops = torch.utils.data.default_collate(crops)  # a DataLoader does this
+        loss, terms = model(make_views(crops))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_target(ema_momentum=0.996)
+        print(f"step {step + 1:>2}  loss {loss:.3f}  KL(p_bar || prior) {terms['prior_kl']:.3f}")

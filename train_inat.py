@@ -357,8 +357,7 @@ def make_model(args, prior):
     encoder = pmsn.VisionTransformer(args.image_size, args.patch_size, *MODELS[args.model])
     hidden_dim = 512 if args.model == "vit_micro" else 2048
     return pmsn.PMSN(encoder, prior, head=pmsn.projection_head(encoder.embed_dim, hidden_dim),
-                     patch_drop=args.patch_drop, sinkhorn_iterations=args.sinkhorn_iterations,
-                     relative_sharpening=args.relative_sharpening)
+                     patch_drop=args.patch_drop)
 
 
 def make_optimizer(model):
@@ -420,7 +419,8 @@ def train_one_epoch(model, network, loader, optimizer, schedule, epoch, args):
         crops = [crop.to(device, non_blocking=True) for crop in crops]
         views = pmsn.make_views(crops, **color_options)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, terms = network(views)
+            loss, terms = network(views, sinkhorn_iterations=args.sinkhorn_iterations,
+                                  relative_sharpening=args.relative_sharpening)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(clipped, 3.0)
@@ -672,10 +672,11 @@ def plot_usage(usage, prior):
     """The mean prediction of the last epoch, (K,), beside the prior."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    number = range(1, len(prior) + 1)
-    ax.loglog(number, usage, ".", color="#d1495b", label="mean prediction")
-    ax.loglog(number, prior, "k--", label="prior")
-    ax.set(xlabel="prototype", ylabel="share of the images",
+    largest_first = prior.argsort(descending=True, stable=True)
+    places = range(1, len(prior) + 1)
+    ax.loglog(places, usage[largest_first], ".", color="#d1495b", label="mean prediction")
+    ax.loglog(places, prior[largest_first], "k--", label="prior")
+    ax.set(xlabel="prototype, largest prior first", ylabel="share of the images",
            title=f"KL(use || prior) = {torch.xlogy(usage, usage / prior).sum():.3f} nats")
     ax.legend(frameon=False)
     return figure

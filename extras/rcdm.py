@@ -124,9 +124,9 @@ def draw(unet, projections, noise):
 def model_path(folder, seed, exponent):
     return folder / f"model_{exponent:g}_{seed}.pt"
 
-def load_pmsn(path, exponent, corner):
-    """A model of mnist_corner.py, which was run with the settings `corner`."""
-    model = mnist_corner.make_model(mnist_corner.make_encoder(32), 10, exponent, corner)
+def load_pmsn(path, exponent):
+    """A model of mnist_corner.py."""
+    model = mnist_corner.make_model(mnist_corner.make_encoder(32), 10, exponent)
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
 
@@ -204,7 +204,7 @@ def experiment(seed, exponent, later_jobs, args):
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
     corner = SimpleNamespace(**args.corner)
     source = CornerImages(corner)
-    model = load_pmsn(model_path(args.models, seed, exponent), exponent, corner)
+    model = load_pmsn(model_path(args.models, seed, exponent), exponent)
     classifier = train_classifier(source, args.steps // 4)
     progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", later_jobs=later_jobs)
     unet, loss = train_unet(model, source, args.steps, progress)
@@ -335,7 +335,7 @@ def main(argv=None):
         exponents = (corner.exponent, 0.0)
         jobs = list(itertools.product(args.seeds, exponents))
         for seed, exponent in jobs:
-            load_pmsn(model_path(args.models, seed, exponent), exponent, corner)
+            load_pmsn(model_path(args.models, seed, exponent), exponent)
         if not corner.exponent:
             raise ValueError("both priors are uniform")
     except Exception as error:  # whatever a wrong file can cause

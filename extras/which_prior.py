@@ -87,18 +87,18 @@ def make_runs(seed, args):
         encoder = make_encoder(SIZE, WIDTHS)
         if method == "supervised":  # shows how much there is to learn, with labels of both views
             model = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
+            options = {}
         else:
             relative, iterations = METHODS[method]
             # With the uniform prior, relative sharpening only adds rounding. We leave it out, so
             # that plain and relative, and Sinkhorn and both, are equal at exponent 0.
-            options = SimpleNamespace(
-                prior_weight=args.prior_weight, sinkhorn_iterations=iterations,
-                relative_sharpening=relative and exponent > 0)
-            model = make_model(encoder, args.prototypes, exponent, options)
+            options = {"prior_weight": args.prior_weight, "sinkhorn_iterations": iterations,
+                       "relative_sharpening": relative and exponent > 0}
+            model = make_model(encoder, args.prototypes, exponent)
             encoder = model.target_encoder  # We test the target network, as MSN does.
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         runs.append(SimpleNamespace(exponent=exponent, method=method, model=model,
-                                    encoder=encoder, optimizer=optimizer))
+                                    loss_options=options, encoder=encoder, optimizer=optimizer))
     return runs
 
 def train(runs, data, args, progress):
@@ -121,8 +121,7 @@ def train(runs, data, args, progress):
                     labels = data.labels[batch].repeat(2)
                     loss, terms = F.cross_entropy(run.model(torch.cat(views)), labels), {}
                 else:
-                    run.model.loss_options["sharpening"] = sharpening
-                    loss, terms = run.model(views)
+                    loss, terms = run.model(views, sharpening=sharpening, **run.loss_options)
                 run.optimizer.param_groups[0]["lr"] = 2e-3 * warmup * decay
                 run.optimizer.zero_grad()
                 loss.backward()

@@ -25,7 +25,7 @@ def train_two_steps(rank):
     torch.manual_seed(0)
     encoder = pmsn.VisionTransformer(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
     head = nn.Sequential(nn.Linear(8, 10), nn.GELU(), nn.Linear(10, 6))
-    model = pmsn.PMSN(encoder, PRIOR, head=head, output_dim=6, patch_drop=0, **OPTIONS).double()
+    model = pmsn.PMSN(encoder, PRIOR, head=head, output_dim=6, patch_drop=0).double()
     views = []
     for count, size in ((1, 16), (1, 16), (2, 8)):
         view = torch.randn(count, BATCH, 3, size, size).double()
@@ -37,7 +37,7 @@ def train_two_steps(rank):
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
-        loss, terms = network(views)
+        loss, terms = network(views, **OPTIONS)
         loss.backward()
         losses.append(loss.detach())
         optimizer.step()
