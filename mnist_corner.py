@@ -231,7 +231,7 @@ def train(runs, stage, epochs, data, args, progress):
         print(f"{progress.name}{best.window!s:>13}{epoch + 1:>6}{terms}{left:>6.0f}s", flush=True)
 
 # ---- One experiment ------------------------------------------------------------------------------
-def experiment(seed, exponent, later_jobs, args):
+def experiment(seed, exponent, args):
     """One seed and one prior: -> its entry in results.json, and the images of figure 3."""
     torch.set_num_threads(1)  # faster here, and the same bits for any number of cores
     torch.manual_seed(seed)
@@ -250,7 +250,7 @@ def experiment(seed, exponent, later_jobs, args):
     starts = [make_start(window, seed, exponent, args) for window in windows]
     whole_epochs = math.ceil(args.epochs / 2)
     progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", began=time.time(), done=0)
-    progress.all = (args.epochs + whole_epochs) * (1 + later_jobs)
+    progress.all = args.epochs + whole_epochs
     train(starts, "starts", args.epochs, data, args, progress)
     # Only for the report, before `widen` changes the best start. The loss chooses.
     for start in starts:
@@ -349,17 +349,22 @@ def parse(parser, argv):
     return args
 
 def run_in_processes(experiment, jobs, args):
-    """Results of experiment(*job, later_jobs, args). Its worker does `later_jobs` jobs after it."""
-    later_jobs = [i // args.workers for i in reversed(range(len(jobs)))]
+    """The results of experiment(*job, args) for all jobs, by `args.workers` processes."""
+    began, results = time.time(), []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"),
                              initializer=end_with_parent) as pool:
         try:
-            return list(pool.map(experiment, *zip(*jobs), later_jobs, itertools.repeat(args)))
+            for result in pool.map(experiment, *zip(*jobs), itertools.repeat(args)):
+                results.append(result)
+                left = (time.time() - began) * (len(jobs) / len(results) - 1)
+                print(f"{len(results)} of {len(jobs)} runs done, about {left:.0f} s left",
+                      flush=True)
         except BaseException:  # an error, or KeyboardInterrupt
             for process in multiprocessing.active_children():
                 process.kill()
             raise
+    return results
 
 def end_with_parent():
     """Let this worker end when its parent ends, also if the parent is killed and cannot tell it."""
@@ -405,7 +410,8 @@ def cell(row, name):
     return "{mean:.3f} ± {std:.3f}".format(**row[name]) if name in row else "-"
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--digits", default="synthetic", choices=("synthetic", "MNIST"), help="source of digits")
     add("--backgrounds", default="synthetic", help="CIFAR10 or a folder of class folders")

@@ -18,21 +18,23 @@ them evenly (pose, background). PMSN is MSN (Assran et al., ECCV 2022) with a pr
     p_bar    p_bar               mean of p over the whole batch, on all GPUs        (K,)
     pi       prior               share of the images that each prototype should get (K,)
 
-With a uniform pi, KL = log K - H(p_bar): the loss of MSN up to log K. (Sinkhorn is an option.)
+With a uniform pi, KL = log K - H(p_bar): the loss of MSN up to log K. The published MSN also
+balances p+ by Sinkhorn iterations. Here they are an option, and off.
 
-An image gives one target view and M anchors: large crops that lose some patches (masked), and
-small crops. The target network is a moving average of the trained network. Its features are the
-result of the training. All of it in nine lines (`python pmsn.py` runs them on noise):
+An image gives one target view, which is a large crop, and M anchors: other large crops, which lose
+some patches (masked), and small crops. The target network is a moving average of the trained
+network. Its features are the result of the training. This is all of it (`python pmsn.py` runs it on
+noise):
 
     model = PMSN(VisionTransformer(), prior=power_law_prior(1024, exponent=0.25))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for crops in loader:                        # multi_crop of every image of a mini-batch
-        loss, terms = model(make_views(crops))  # terms are for the log
+        loss, terms = model(make_views(crops))  # terms are for logging
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update_target(ema_momentum=0.996)
-    features = model.target_encoder(images)
+    features = model.target_encoder(images)     # images normalized as make_views does it
 
 The file has this order: priors, loss, network, PMSN, views, samplers, evaluation, and last the same
 hidden prior in three other losses.
@@ -64,6 +66,7 @@ def class_prior(counts):
     """The shares of a histogram, (K,) -> (K,): prototype c gets the share of class c.
 
     The loss does not know which image is of which class. Only the sizes of the classes matter.
+    Raises ValueError for a class without images.
     """
     return normalize(torch.as_tensor(counts).double())
 
@@ -92,6 +95,7 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
     log_prior = prior.to(log_p).log()  # (K,)
     with torch.no_grad():
+        # By default the target is p^4, divided by its sum. The two options are explained below.
         log_target = log_predictions(targets, prototypes, temperature)  # (B, K)
         log_target = sharpen(log_target, sharpening, log_prior if relative_sharpening else 0.0)
         p_target = sinkhorn(log_target, log_prior, sinkhorn_iterations).exp()
@@ -102,8 +106,8 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
 
     # The prior is about the whole batch, so p_bar is the mean over all GPUs, with gradient.
     p_bar = mean_over_ranks(log_p.exp().mean(dim=0))  # (K,)
-    # The share of a prototype that no image comes near is rounded to 0, and log 0 is infinite.
-    # The smallest number of this precision in its place changes nothing else.
+    # At a low temperature, the share of a prototype that no image comes near is rounded to 0, and
+    # log 0 is infinite. The smallest positive number in its place changes nothing else.
     log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()
     prior_kl = (p_bar * (log_p_bar - log_prior)).sum()
 
@@ -112,7 +116,7 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
         "cross_entropy": cross_entropy.detach(),
         "prior_kl": prior_kl.detach(),
         "mean_prediction": p_bar.detach(),  # (K,)
-        # exp of the entropy of p_bar: 1 if one prototype takes all, exp(H(pi)) if p_bar = pi
+        # exp(H(p_bar)), where entr(x) = -x log x: 1 if one prototype takes all images
         "effective_prototypes": torch.special.entr(p_bar.detach()).sum().exp(),
     }
 
@@ -139,12 +143,14 @@ def at_least_float32(x):
 def sharpen(log_p, sharpening, log_prior=0.0):
     """p^(1/T) / sum with T = `sharpening` in (0, 1], on logarithms: (N, K) -> (N, K). From MSN.
 
-    Sharpening favors the largest entries of a steep prior. Suppose that every image gets the same
-    prediction p = pi, so that the network has learned nothing. With K = 10, exponent 1 and T = 1/4
-    this costs only 1.14 nats of cross-entropy, and its KL is 0. Training can collapse to it.
+    With a steep prior, a network that ignores the image has a low loss. It predicts p = pi for
+    every image, so the KL is 0, and sharpening moves the targets to the largest entries of pi. For
+    K = 10, exponent 1 and T = 1/4 the cross-entropy is 1.14 nats. (With the uniform prior it is
+    log 10 = 2.30.) Training can collapse to this.
 
-    With `log_prior` we sharpen p / pi in place of p (`relative_sharpening`, which is not in the
-    paper). Now p = pi stays as it is and costs H(pi) = 1.99 nats, as p = 1/K costs log K in MSN.
+    The remedy for exponents near 1 is `relative_sharpening`, which is not in the paper. It gives
+    `log_prior`, and the result is proportional to pi * (p / pi)^(1/T). Now p = pi is not moved, and
+    its cross-entropy is H(pi) = 1.99 nats.
     """
     if not 0 < sharpening <= 1:
         raise ValueError(f"sharpening must lie in (0, 1], got {sharpening}")
@@ -154,8 +160,9 @@ def sharpen(log_p, sharpening, log_prior=0.0):
 def sinkhorn(log_p, log_prior, iterations):
     """Rescale predictions until their mean over all GPUs is nearly pi: (N, K), (K,) -> (N, K).
 
-    MSN and SwAV do this with the uniform prior, which would undo any other prior in the loss.
-    Raises ValueError for a negative number of iterations.
+    The published MSN and SwAV do this with the uniform prior, which would undo any other prior in
+    the loss. The rows of `log_p` need not be normalized, and `log_prior` can be one number for all
+    prototypes. Raises ValueError for a negative number of iterations.
     """
     if iterations < 0:
         raise ValueError(f"sinkhorn_iterations must be at least 0, got {iterations}")
@@ -177,23 +184,25 @@ def num_ranks():
 
 
 def mean_over_ranks(x):
-    """The mean of x over all processes (ranks). The gradient is that of the local x."""
+    """The mean of x over all processes (ranks), with the gradient of the local x."""
     mean = x.detach().clone()
     if num_ranks() > 1:
         dist.all_reduce(mean)  # the sum over W processes
-    # The local x has a share of 1/W in the mean, so its gradient should be divided by W. We leave
-    # this to DistributedDataParallel, which averages the gradients of all parameters over the
-    # processes. The last term is 0, and only carries the gradient.
+    # Forward, this is the mean over the processes, because the last term is 0. Backward, it is the
+    # local x. The factor 1/W is missing there: DistributedDataParallel supplies it, because it
+    # averages the gradients of all parameters over the processes.
     return mean / num_ranks() + (x - x.detach())
 
 
 def check_prior(prior):
-    """Raise ValueError unless the prior is a tensor (K,) of floats, positive, with sum 1."""
+    """Raise ValueError unless the prior is a tensor (K,) of floats, positive, with sum 1.
+
+    On a GPU the values are not checked, because the CPU would have to wait for them.
+    """
     if not isinstance(prior, torch.Tensor) or prior.ndim != 1 or not prior.is_floating_point():
         raise ValueError(f"a prior must be a tensor (K,) of floats, got {prior!r}")
-    # In half precision a thousand rounded shares do not sum to 1 exactly.
+    # After model.half() the prior has rounded shares, whose sum is not exactly 1.
     tolerance = 1e-4 if torch.finfo(prior.dtype).bits >= 32 else 1e-2
-    # On a GPU the values are not checked, because the CPU would have to wait for them.
     on_cpu = prior.device.type == "cpu"
     if on_cpu and not ((prior > 0).all() and abs(prior.double().sum() - 1) < tolerance):
         raise ValueError(f"a prior must be positive and sum to 1, got {prior}")
@@ -203,7 +212,7 @@ def check_embeddings(anchors, targets, prototypes, prior):
     """Raise ValueError unless these are (M*B, d), (B, d), (K, d) and (K,)."""
     matrices = (anchors, targets, prototypes)
     fit = all(x.ndim == 2 and x.shape[1] == prototypes.shape[-1] for x in matrices)
-    fit = fit and len(targets) > 0 and len(anchors) % len(targets) == 0
+    fit = fit and len(anchors) >= len(targets) > 0 and len(anchors) % len(targets) == 0
     if not fit or len(prototypes) != len(prior):
         shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
         raise ValueError("anchors (M*B, d), targets (B, d), prototypes (K, d) and prior (K,) must "
@@ -318,8 +327,8 @@ class PMSN(nn.Module):
 
     The encoder maps images to (B, encoder.embed_dim), and the head maps this to (B, output_dim).
     Without `head`, it is the head of MSN. The prior is (K,). `patch_drop` in [0, 1) is the share of
-    its patches that a masked view loses. The encoder gets it as an argument of this name, and if it
-    is 0, it does not get it, so the vision transformers of the library timm fit too.
+    the patches that a masked view loses. With patch_drop = 0 the encoder is called without this
+    argument, so that other encoders fit, for example those of the library timm.
     """
     def __init__(self, encoder, prior, *, head=None, output_dim=256, patch_drop=0.15):
         super().__init__()
@@ -355,7 +364,10 @@ class PMSN(nn.Module):
 
     @torch.no_grad()
     def update_target(self, ema_momentum):
-        """target = m * target + (1 - m) * anchor for all parameters, with m = ema_momentum."""
+        """target = m * target + (1 - m) * anchor for all parameters, with m = ema_momentum.
+
+        The statistics of BatchNorm are no parameters: the target head collects its own, as in MSN.
+        """
         pairs = [(self.target_encoder, self.encoder), (self.target_head, self.head)]
         for target, anchor in pairs:
             for slow, fast in zip(target.parameters(), anchor.parameters()):
@@ -371,9 +383,10 @@ def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size
                rand_scale=(0.3, 1.0), focal_scale=(0.05, 0.3)):
     """Random crops and flips of one image, uint8 (3, H, W). The defaults are those of MSN.
 
-    MSN calls the large crops "rand" and the small crops "focal". `scale` is the share of the area.
-    Returns [target (1, 3, S, S), rand (rand_views, 3, S, S), focal (focal_views, 3, s, s)], uint8.
-    Raises ValueError without any rand view: then `PMSN.forward` would mask the focal views.
+    MSN calls the large anchors "rand" (the masked ones) and the small ones "focal". A scale is a
+    range of the share of the area. Returns [target (1, 3, S, S), rand (rand_views, 3, S, S),
+    focal (focal_views, 3, s, s)], uint8. Raises ValueError without any rand view: then
+    `PMSN.forward` would mask the focal views.
     """
     if rand_views < 1 or focal_views < 0:
         raise ValueError("rand_views must be at least 1 and focal_views at least 0, got "
@@ -391,7 +404,8 @@ def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size
 
 def make_views(crops, **color_options):
     """Collated crops [(B, views, 3, S, S), ...] -> the views that `PMSN.forward` takes."""
-    # Eight images fit into the cache of a CPU, which halves the time. 4096 limit GPU memory.
+    # We work in chunks. On a CPU they are small, because eight images fit into its cache, which
+    # halves the time. On a GPU they are large, and only bound the memory.
     chunk = 8 if crops[0].device.type == "cpu" else 4096
     views = []
     for crop in crops:
@@ -405,8 +419,9 @@ def augment_colors(images, *, jitter=0.5, jitter_p=0.8, gray_p=0.2, blur_p=0.5):
     """Color jitter, grayscale and blur as in MSN, then normalization: (N, 3, H, W) -> the same.
 
     Images are uint8, or float in [0, 1]. Each `_p` is the probability that an image is changed.
-    Jitter is torchvision's ColorJitter(.8 j, .8 j, .8 j, .2 j) with j = `jitter`. Contrast, gray,
-    saturation, hue and brightness are all linear, so together they are one matrix per image:
+    Jitter is like ColorJitter(.8 j, .8 j, .8 j, .2 j) of torchvision with j = `jitter`, but in a
+    fixed order, with one clamp at the end, and hue is a rotation of the RGB space. Then all steps
+    are linear, and together they are two matrices per image:
 
         new color = A @ color + C @ (mean color of the image)
     """
@@ -482,7 +497,7 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 
     Each class is split into equal parts, and a batch takes one part of each of its classes. The
     rest of a class is not used in this epoch. batch_size counts all ranks. Call `set_epoch` first.
-    ValueError if a class has no whole part, or so many that a batch would need two of them.
+    ValueError if a class has no whole part, or more parts than there are batches.
     """
     def __init__(self, labels, batch_size, classes_per_batch, rank=0, world_size=1, seed=0):
         classes, counts = labels.unique(return_counts=True)
@@ -514,15 +529,15 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 
         parts = [shuffle(member).split(self.part_size) for member in self.members]
         parts_left = self.num_parts.double()  # of each class, (C,)
-        # A batch takes at most one part of a class. So no class may ever have more parts left than
-        # there are batches left. A class that has as many must be in the next batch: nothing comes
-        # near its weight. The other classes are drawn with weights that are their parts left.
+        # A batch takes at most one part of a class. So a class that has as many parts left as there
+        # are batches left must be in the next batch: the weight 1e30 makes this certain. The other
+        # classes are drawn with weights that are their numbers of parts left.
         for batches_left in range(self.num_batches, 0, -1):
             weights = torch.where(parts_left >= batches_left, 1e30, parts_left)
             chosen = weights.multinomial(self.classes_per_batch, generator=generator)
             parts_left[chosen] -= 1
-            last_parts = [parts[c][int(parts_left[c])] for c in chosen]  # not used until now
-            batch = shuffle(torch.cat(last_parts))
+            # The parts of a class are used from the last one to the first.
+            batch = shuffle(torch.cat([parts[c][int(parts_left[c])] for c in chosen]))
             yield batch[self.rank :: self.world_size].tolist()
 
 
@@ -568,13 +583,14 @@ def linear_probe(features, labels, test_features, penalty=1.0):
         return torch.cat([(block @ weight + bias).argmax(dim=1) for block in blocks])
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # The caller may have switched gradients off, in two ways.
 @torch.enable_grad()
 def logistic_regression(features, labels, penalty, with_bias=True):
     """Weights (d, C) and biases (C,) of the classes 0 to C - 1, by L-BFGS.
 
     They minimize  sum(cross-entropy) + penalty / 2 * sum(weights^2), as scikit-learn's
     LogisticRegression(C=1 / penalty). The biases have no penalty. Features (N, d), labels (N,).
+    After 500 iterations it stops, whether it has converged or not.
     """
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be at least 0, got {penalty}")
@@ -588,6 +604,7 @@ def logistic_regression(features, labels, penalty, with_bias=True):
                                   tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
+        # The objective divided by N, which has the same minimum.
         optimizer.zero_grad()
         objective = penalty / 2 / len(x) * weight.square().sum()
         objective.backward()
@@ -638,7 +655,7 @@ def simclr_loss(first, second, temperature=0.1):
     check_temperature(temperature)
     z = torch.cat([first, second])
     similarity = cosine(z, z) / temperature  # (2B, 2B)
-    alignment = -similarity.diagonal(len(first)).mean()
+    alignment = -similarity.diagonal(len(first)).mean()  # Pairs (i, i + B). Others are the same.
     others = similarity - 1e9 * torch.eye(len(z), device=z.device)  # without itself
     uniformity = others.logsumexp(dim=1).mean()
     terms = {"alignment": alignment.detach(), "uniformity": uniformity.detach()}
@@ -646,7 +663,7 @@ def simclr_loss(first, second, temperature=0.1):
 
 
 def vicreg_loss(first, second):
-    """VICReg (Bardes et al., 2022). Its variance and covariance terms spread the batch."""
+    """VICReg (Bardes et al., 2022). Its variance and covariance terms spread the local batch."""
     check_views(first, second)
     if len(first) < 2:
         raise ValueError("VICReg needs at least two images, because it takes their variance")
@@ -654,7 +671,7 @@ def vicreg_loss(first, second):
     variance, covariance = 0.0, 0.0
     for z in (first, second):
         with torch.autocast(z.device.type, enabled=False):
-            cov = torch.atleast_2d(z.T.cov())  # (d, d)
+            cov = torch.atleast_2d(z.T.cov())  # (d, d), also for d = 1
         std = (cov.diagonal() + 1e-4).sqrt()
         variance = variance + F.relu(1 - std).mean() / 2
         off_diagonal = cov - cov.diagonal().diag()
@@ -666,7 +683,10 @@ def vicreg_loss(first, second):
 
 
 def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn_iterations=3):
-    """SwAV (Caron et al., 2020). Its codes use all prototypes equally. This spreads the batch."""
+    """SwAV (Caron et al., 2020). Its codes use all prototypes equally. This spreads the batch.
+
+    The batch is that of all GPUs.
+    """
     check_views(first, second)
     check_temperature(epsilon)
     if prototypes.ndim != 2 or prototypes.shape[1] != first.shape[1] or sinkhorn_iterations < 1:

@@ -17,9 +17,9 @@ Labels serve the evaluation, --prior classes, --long_tail and --classes_per_batc
 --out gets checkpoint.pt after every epoch, and the same command continues from it. Everything
 random in an epoch depends only on seed, epoch, rank and --workers: a killed run repeats its
 epoch, bit for bit on CPUs. --out also gets metrics.jsonl, two figures, and encoder.pt: the weights
-of the target encoder with the parameter names of timm. It expects images that are normalized with
-the mean and the standard deviation of ImageNet (pmsn.IMAGENET_MEAN and IMAGENET_STD). The settings
-that timm has for vit_small_patch16_224 are others (0.5 and 0.5).
+of the target encoder with the parameter names of timm. Normalize images with the mean and the
+standard deviation of ImageNet (pmsn.IMAGENET_MEAN and IMAGENET_STD) for it. The defaults of timm's
+vit_small_patch16_224, which are 0.5 and 0.5, are wrong here.
 
 This script runs on Linux and macOS.
 """
@@ -41,8 +41,8 @@ import time
 import zipfile
 from pathlib import Path
 
-# A notebook sets this to a backend of its own. Where it is not installed, importing matplotlib
-# fails. We only write files, and need no backend.
+# A notebook sets this variable to a plotting backend of its own. If the backend is not installed
+# here, importing matplotlib fails. We only write files, and need no backend.
 os.environ.pop("MPLBACKEND", None)
 import numpy as np
 import torch
@@ -87,8 +87,8 @@ def say(*words):
 def fail(message, script="train_inat.py"):
     """End the run with one line and exit status 2: something that the user can mend."""
     if rank() > 0:
-        # Most mistakes are the same on all processes. Then the first one reports it, torchrun ends
-        # the others, and this process does not live to print it again.
+        # Most mistakes are the same on all processes. The first process gets five seconds to report
+        # them. Then torchrun ends this one.
         time.sleep(5)
         message = f"process {rank()}: {message}"
     print(f"{script}: error: {message}", file=sys.stderr, flush=True)
@@ -132,8 +132,10 @@ def find_images(data, lists=()):
     elif len(jsons) > 1:
         raise ValueError(f"there is more than one data set: {', '.join(x.name for x in jsons)}")
     elif jsons:
+        splits = [read_json(jsons[0])]
         val = jsons[0].with_name(jsons[0].name.replace("train", "val"))
-        splits = [read_json(file) for file in (jsons[0], val) if file == jsons[0] or val.exists()]
+        if val.exists():
+            splits.append(read_json(val))
     else:
         splits = [read_folder(folder) for folder in find_folders(data)]
     class_names = sorted(set(splits[0][1]))
@@ -150,14 +152,12 @@ def find_images(data, lists=()):
 
 def find_folders(data):
     """The folder of the training images, and that of the validation images if there is one."""
-    folders = {"train": [], "val": [], "test": []}
-    for path in sorted(data.iterdir()):
-        for name in folders:
-            known = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
-                     "test": ("test", "testing")}[name]
-            if path.name.lower() in known and path.is_dir():
-                folders[name].append(path)
-    for name, found in folders.items():
+    names = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
+             "test": ("test", "testing")}
+    subfolders = [path for path in sorted(data.iterdir()) if path.is_dir()]
+    folders = {split: [path for path in subfolders if path.name.lower() in names[split]]
+               for split in names}
+    for found in folders.values():
         if len(found) > 1:
             raise ValueError(f"which one is it: {' or '.join(path.name for path in found)}?")
     if not folders["train"]:
@@ -192,17 +192,14 @@ def image_files(folder, above):
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if not entry.name.lower().endswith(IMAGE_ENDINGS):
-            if os.path.isdir(entry.path):
-                found += image_files(entry.path, [*above, real])
-        # A link that leads nowhere is an image that cannot be read. A named pipe is no image.
-        elif entry.is_file() if not entry.is_symlink() else not is_special(entry.path):
-            found.append(entry.path)
+        if entry.name.lower().endswith(IMAGE_ENDINGS):
+            # A broken link is kept, and later named as an unreadable image. A named pipe is not.
+            is_broken_link = entry.is_symlink() and not os.path.exists(entry.path)
+            if is_broken_link or entry.is_file():
+                found.append(entry.path)
+        elif os.path.isdir(entry.path):
+            found += image_files(entry.path, [*above, real])
     return found
-
-
-def is_special(path):
-    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def read_json(file):
@@ -212,7 +209,7 @@ def read_json(file):
         category = {a["image_id"]: a["category_id"] for a in content["annotations"]}
         paths = [os.path.join(file.parent, image["file_name"]) for image in content["images"]]
         classes = [category[image["id"]] for image in content["images"]]
-        sorted(set(classes))  # numbers and words cannot be sorted
+        sorted(set(classes))  # a TypeError if there are numbers and words
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file.name} must have images with id and file_name, and annotations "
                          f"with image_id and category_id: {error!r:.200}") from error
@@ -237,9 +234,11 @@ def decode(path):
     if not os.path.isfile(path):  # Opening a named pipe would wait for ever.
         raise OSError("there is no such file")
     with Image.open(path) as image:
-        sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
-        if sixteen_bits:
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        # PNG has at most 16 bits, but some versions of PIL read them as 32.
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            levels = np.asarray(image).astype(np.int64) >> 8
+            image, info = Image.fromarray(levels.astype(np.uint8)), image.info
+            image.info.update(info)  # the EXIF orientation
         elif image.mode in ("I", "F"):
             # Where is white? PIL would cut everything above 255 off.
             raise OSError("it has gray levels of 32 bits, convert it to 8 bits")
@@ -255,7 +254,8 @@ class Images(Dataset):
     """Items (transformed image, index, readable). The next image replaces an unreadable one."""
 
     def __init__(self, paths, transform, read=decode):
-        # All workers share an array. A list of strings would be copied into each of them.
+        # All workers share an array. A list of strings would be copied into each of them. Names of
+        # files are bytes. transfer.py has data sets with numbers in place of paths.
         self.paths = np.array([os.fsencode(path) if isinstance(path, str) else path
                                for path in paths])
         self.transform, self.read = transform, read
@@ -268,16 +268,14 @@ class Images(Dataset):
         return os.fsdecode(path) if isinstance(path, bytes) else path
 
     def __getitem__(self, index):
-        for shift in range(min(100, len(self))):
+        for i in range(index, index + 100):
             try:
-                image = self.read(self.path((index + shift) % len(self)))
-                break
+                image = self.read(self.path(i % len(self)))
             except Exception:  # A damaged file leads to many kinds of errors.
-                pass
-        else:
-            image = torch.zeros(3, 64, 64, dtype=torch.uint8)  # black, in place of 100 images
-            shift = None
-        return self.transform(image), index, shift == 0
+                continue
+            return self.transform(image), index, i == index
+        black = torch.zeros(3, 64, 64, dtype=torch.uint8)  # if none of a hundred can be read
+        return self.transform(black), index, False
 
 
 def check_readable(images, name):
@@ -293,12 +291,16 @@ def check_readable(images, name):
 
 
 def name_unreadable(images, indices, unreadable):
-    """Name unreadable images once and add them to the set. More than 1% end the run."""
+    """Name unreadable images and add them to the set of this pass over the images.
+
+    More than 1% of the images of a process end the run.
+    """
     for path in sorted({images.path(i) for i in indices.tolist()} - unreadable):
         print(f"unreadable image: {path}", file=sys.stderr, flush=True)
         unreadable.add(path)
-    if len(unreadable) > max(1, len(images) // 100):
-        fail(f"{len(unreadable)} of {len(images)} images cannot be read, which is more than 1%")
+    share = len(images) // world_size()
+    if len(unreadable) > max(1, share // 100):
+        fail(f"{len(unreadable)} of {share} images cannot be read, which is more than 1%")
 
 
 def read_data(args):
@@ -321,15 +323,17 @@ def make_prior(labels, args):
     """The prior (K,) of --prior, for training labels (N,)."""
     if args.prior == "classes":
         return pmsn.class_prior(torch.bincount(labels))
+    # For --prior uniform, `parse` has set the exponent to 0.
     return pmsn.power_law_prior(args.prototypes, args.exponent)
 
 
 def make_batches(labels, args):
-    """The indices of the mini-batches of this process, and the function that shuffles an epoch."""
+    """The mini-batches of this process, and a function of the epoch that gives them a new order."""
     if args.classes_per_batch:
         batches = pmsn.ClassBatchSampler(labels, args.batch_size, args.classes_per_batch, rank(),
                                          world_size(), args.seed)
         return batches, batches.set_epoch
+    # The epoch is added to the seed, so the seeds of two runs are far apart.
     sampler = DistributedSampler(labels, world_size(), rank(), seed=1_000_003 * args.seed,
                                  drop_last=True)
     batches = BatchSampler(sampler, args.batch_size // world_size(), drop_last=True)
@@ -361,7 +365,10 @@ def make_model(args, prior):
 
 
 def make_optimizer(model):
-    """AdamW with two groups. Biases, norms and prototypes have no weight decay."""
+    """AdamW with two groups. Biases, norms and prototypes have no weight decay.
+
+    As in MSN, the position embeddings have. The schedules set the weight decay of every step.
+    """
     network = [*model.encoder.parameters(), *model.head.parameters()]
     decayed = {"params": [p for p in network if p.ndim > 1]}
     others = {"params": [p for p in network if p.ndim <= 1] + [model.prototypes],
@@ -370,40 +377,42 @@ def make_optimizer(model):
 
 
 def schedules(args, steps_per_epoch):
-    """Learning rate, weight decay and EMA momentum of every step, (steps,) each."""
-    def cosine(start, end, progress):
+    """Learning rate, weight decay and EMA momentum of every step: a list of three numbers each."""
+    def cosine_decay(start, end, progress):
         return end + (start - end) * (0.5 + 0.5 * np.cos(np.pi * progress))
 
     steps = args.epochs * steps_per_epoch
     # MSN stretches its schedules to 1.25 times the training, so training ends before they do.
     step, warmup, stretched = np.arange(1, steps + 1), steps // 20, 1.25 * steps
     rising = args.lr * (0.2 + 0.8 * step / max(1, warmup))
-    falling = cosine(args.lr, args.lr / 1000, (step - warmup) / (stretched - warmup))
-    weight_decay = cosine(0.04, 0.4, step / stretched)
+    falling = cosine_decay(args.lr, args.lr / 1000, (step - warmup) / (stretched - warmup))
+    weight_decay = cosine_decay(0.04, 0.4, step / stretched)
     ema_momentum = args.ema_momentum + (1 - args.ema_momentum) * (step - 1) / stretched
     lr = np.where(step < warmup, rising, falling)
-    return lr.tolist(), weight_decay.tolist(), ema_momentum.tolist()
+    return np.stack([lr, weight_decay, ema_momentum], axis=1).tolist()
 
 
 def set_epoch_seed(epoch, args):
     """Everything random in an epoch follows from this, except the order of the images."""
-    # The seeds of two runs are far apart, because epochs and ranks are added to them.
     torch.manual_seed(1_000_003 * args.seed + epoch * world_size() + rank())
 
 
 # ---- Training ------------------------------------------------------------------------------------
-def train_one_epoch(model, network, loader, optimizer, schedule, epoch, args):
+def train_one_epoch(model, network, loader, optimizer, schedule, epoch, color_options,
+                    loss_options):
     """Train for one epoch, numbered from 1.
 
-    `network` is the model, or DistributedDataParallel around it. `schedule` has (learning rate,
-    weight decay, EMA momentum) of all steps of the run. Returns the means of the terms over the
-    steps and all processes, and the mean prediction (K,).
+    `network` is the model, or DistributedDataParallel around it. `schedule` has the learning rate,
+    the weight decay and the EMA momentum of all steps of the run. The options go to
+    pmsn.make_views and to pmsn.pmsn_loss. Returns the means of the terms over the steps and all
+    processes, and the mean prediction (K,).
     """
     device = model.prototypes.device
-    _, color_options = view_options(args)
+    cuda = device.type == "cuda"
     # As in MSN, the gradient of the prototypes is not clipped.
     clipped = [*model.encoder.parameters(), *model.head.parameters()]
     sums = torch.zeros(len(TERMS), device=device)
+    norms = torch.zeros((), device=device)
     mean_prediction = torch.zeros_like(model.prior)
     unreadable = set()
     start = last_print = time.time()
@@ -418,45 +427,42 @@ def train_one_epoch(model, network, loader, optimizer, schedule, epoch, args):
 
         crops = [crop.to(device, non_blocking=True) for crop in crops]
         views = pmsn.make_views(crops, **color_options)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, terms = network(views, sinkhorn_iterations=args.sinkhorn_iterations,
-                                  relative_sharpening=args.relative_sharpening)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            loss, terms = network(views, **loss_options)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(clipped, 3.0)
         optimizer.step()
         model.update_target(ema_momentum)
 
-        terms["loss"] = loss.detach() + 0 * norm  # 0 * nan is nan: this shows a bad gradient too
+        terms["loss"] = loss.detach()
         sums += torch.stack([terms[name] for name in TERMS])
+        norms += norm
         mean_prediction += terms["mean_prediction"] / len(loader)
-        # The CPU has to wait for values of the GPU. So it reads them once per minute, and after
-        # the last step.
-        if time.time() - last_print > 60 and i + 1 < len(loader):
+        # The CPU has to wait for values of the GPU. So it reads them once per minute, and after the
+        # last step.
+        is_last = i + 1 == len(loader)
+        if is_last or time.time() - last_print > 60:
             last_print = time.time()
-            print_progress(sums / (i + 1), i + 1, step, lr, start, len(schedule), args)
+            means = sums / (i + 1)
+            if is_last and world_size() > 1:
+                dist.all_reduce(means)  # Every process has the cross-entropy of its own images.
+                means /= world_size()
+            if not (means.isfinite().all() and norms.isfinite()):
+                fail("loss or gradient is not finite: lower --lr and choose another --out")
+            steps_per_second = (i + 1) / (last_print - start)
+            say(ROW.format((step + 1) / len(loader), *means.tolist(), lr,
+                           steps_per_second * len(index) * world_size(),
+                           (len(schedule) - step - 1) / steps_per_second / 3600))
 
-    means = sums / len(loader)
-    if world_size() > 1:
-        dist.all_reduce(means)  # The cross-entropy is that of the images of this process.
-        means /= world_size()
-    print_progress(means, len(loader), step, lr, start, len(schedule), args)
-    # The loss and the gradient of each step come before its update, so we look at the weights too.
+    # The loss and the gradient of a step come before its update, so we look at the weights too.
     if not all(x.isfinite().all() for x in model.state_dict().values()):
         fail(f"weights are not finite after epoch {epoch}: lower --lr and choose another --out")
     return dict(zip(TERMS, means.tolist())), mean_prediction.cpu()
 
 
-def print_progress(means, steps_done, step, lr, start, steps, args):
-    """A row of the log: means of the epoch until now. A loss that is not finite ends the run."""
-    loss = means[0].item()
-    if not math.isfinite(loss):
-        fail("loss or gradient is not finite: lower --lr and choose another --out")
-    steps_per_second = steps_done / (time.time() - start)
-    epoch = (step + 1) * args.epochs / steps
-    row = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
-    say(row.format(epoch, *means.tolist(), lr, steps_per_second * args.batch_size,
-                   (steps - step - 1) / steps_per_second / 3600))
+HEADER = "   epoch     loss       CE       KL    eff.       lr  images/s  hours left"
+ROW = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
 
 
 # ---- Evaluation of the frozen target encoder -----------------------------------------------------
@@ -478,26 +484,37 @@ def extract(encoder, images, workers, watch=iter):
     the encoder, indices on the CPU. `watch` can print progress.
     """
     device = next(encoder.parameters()).device
-    share = Subset(images, range(rank(), len(images), world_size()))
-    unreadable, found = set(), []
+    share = range(rank(), len(images), world_size())
+    loader = DataLoader(Subset(images, share), batch_size=256, num_workers=workers)
+    unreadable, is_readable = set(), torch.zeros(len(share), dtype=torch.bool)
+    features, start = None, 0
     was_training = encoder.training
     encoder.eval()
-    for crops, index, readable in watch(DataLoader(share, batch_size=256, num_workers=workers)):
+    for crops, index, readable in watch(loader):
         name_unreadable(images, index[~readable], unreadable)
         crops = v2.functional.to_dtype(crops.to(device), torch.float32, scale=True)
         crops = v2.functional.normalize(crops, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features = encoder.forward(crops)  # `forward` itself is not compiled.
-        found.append((features.float().cpu()[readable], index[readable]))
+            # This goes around torch.compile, which would compile again for these shapes.
+            found = encoder.forward(crops)
+        # One tensor for all batches. Thousands of small ones would leave holes in the memory.
+        if features is None:
+            features = torch.empty(len(share), found.shape[1])
+        end = start + len(index)
+        features[start:end], is_readable[start:end] = found.float().cpu(), readable
+        start = end
     encoder.train(was_training)
-    features, indices = [torch.cat(parts) for parts in zip(*found)] if found else (None, None)
+    indices = torch.tensor(share)[is_readable]
+    if features is not None:
+        features = features[is_readable]
     if world_size() > 1:
         shares = [None] * world_size() if rank() == 0 else None
         dist.gather_object((features, indices), shares)
         if rank() > 0:
             return None
-        features, indices = [torch.cat([part for part in parts if part is not None])
-                             for parts in zip(*shares)]
+        # With fewer images than processes, some processes have none.
+        features, indices = [torch.cat(parts) for parts in
+                             zip(*[share for share in shares if share[0] is not None])]
     if len(images) - len(indices) > max(1, len(images) // 100):
         fail(f"{len(images) - len(indices)} of {len(images)} images cannot be read, which is more "
              "than 1%")
@@ -506,7 +523,10 @@ def extract(encoder, images, workers, watch=iter):
 
 
 def accuracies(predicted, test_labels, labels):
-    """Accuracy on all classes, and on those with many, medium and few training images."""
+    """Accuracy on all classes, and on those with many, medium and few training images.
+
+    Many are more than 100, and few are fewer than 20.
+    """
     counts = torch.bincount(labels, minlength=int(test_labels.max()) + 1)[test_labels]
     groups = {"all": counts >= 0, "many": counts > 100, "few": counts < 20}
     groups["medium"] = ~(groups["many"] | groups["few"])
@@ -517,22 +537,35 @@ def accuracies(predicted, test_labels, labels):
 def evaluate(encoder, training, validation, args):
     """Accuracies of k-NN and of the linear probe, the same on all processes."""
     crop = functools.partial(center_crop, size=args.image_size)
-    found = [extract(encoder, Images(paths, crop), args.workers)
-             for paths, _ in (training, validation)]
+    found = extract(encoder, Images(training[0], crop), args.workers)
+    test_found = extract(encoder, Images(validation[0], crop), args.workers)
     answer = [None]
     if rank() == 0:
-        (features, labels), (test_features, test_labels) = [
-            (features, split[1][indices].to(features.device))
-            for (features, indices), split in zip(found, (training, validation))]
-        k = min(20, len(features))
-        knn = pmsn.knn_predictions(features, labels, test_features, k)
-        linear = pmsn.linear_probe(features, labels, test_features)
-        answer = [{f"{classifier}_{group}": accuracy
-                   for classifier, predicted in (("knn", knn), ("linear", linear))
+        features, indices = found
+        labels = training[1][indices].to(features.device)
+        test_features, test_indices = test_found
+        test_labels = validation[1][test_indices].to(features.device)
+        predictions = {
+            "knn": pmsn.knn_predictions(features, labels, test_features, min(20, len(features))),
+            "linear": pmsn.linear_probe(features, labels, test_features),
+        }
+        answer = [{f"{name}_{group}": accuracy for name, predicted in predictions.items()
                    for group, accuracy in accuracies(predicted, test_labels, labels).items()}]
     if world_size() > 1:
         dist.broadcast_object_list(answer, device=torch.device("cpu"))
     return answer[0]
+
+
+def evaluate_if_due(encoder, history, training, validation, args):
+    """Add accuracies to the last epoch of the history. Returns whether there are new ones."""
+    line = history[-1]
+    is_due = line["epoch"] % args.eval_every == 0 or line["epoch"] == args.epochs
+    if validation is None or not is_due or "knn_all" in line:
+        return False
+    accuracy = evaluate(encoder, training, validation, args)
+    say(f"{line['epoch']:8}", *[f"{name} {value:.3f}" for name, value in accuracy.items()])
+    line.update(accuracy)
+    return True
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
@@ -585,7 +618,7 @@ def load_checkpoint(path, settings):
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # A flag that did not exist yet had the effect of its default.
+        # The checkpoint of an older version has no value for a newer flag. Take the default.
         old = {**vars(make_parser().parse_args([])), **state["settings"]}
         changed = [name for name in settings if old.get(name, settings[name]) != settings[name]]
     except Exception as error:  # A damaged file leads to many kinds of errors.
@@ -599,7 +632,7 @@ def resume(model, optimizer, settings, args):
     """Continue from --out on all processes.
 
     Returns the history, a list with a dictionary per epoch, and the mean prediction (K,) of the
-    last epoch. For a new run they are [] and None.
+    last epoch. In a new run the only epoch is number 0, that of the random weights.
     """
     path = args.out / "checkpoint.pt"
     state = [None]
@@ -609,12 +642,15 @@ def resume(model, optimizer, settings, args):
         dist.broadcast_object_list(state, device=torch.device("cpu"))
     if state[0] is None:
         say(f"new run in {args.out}")
-        return [], None
+        return [{"epoch": 0}], None
     model.load_state_dict(state[0]["model"])
     optimizer.load_state_dict(state[0]["optimizer"])
-    history = state[0]["history"]
+    history, mean_prediction = state[0]["history"], state[0]["usage"]
     say(f"{args.out} continues after epoch {history[-1]['epoch']}")
-    return history, state[0]["usage"]
+    if rank() == 0:
+        # A kill may have come between the checkpoint and these files, or somebody deleted one.
+        save_outputs(model, history, mean_prediction, args.out)
+    return history, mean_prediction
 
 
 def write_whole(path, write):
@@ -628,20 +664,24 @@ def write_whole(path, write):
         fail(f"cannot write {path}, is the disk full? ({error})")
 
 
-def save_checkpoint(model, optimizer, history, usage, settings, out):
+def save(model, optimizer, history, mean_prediction, settings, out):
+    """Write all files of a run, on the first process. The checkpoint is the first of them."""
+    if rank() > 0 or history[-1]["epoch"] == 0:
+        return
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "history": history, "usage": usage, "settings": settings}
+             "history": history, "usage": mean_prediction, "settings": settings}
     write_whole(out / "checkpoint.pt", lambda path: torch.save(state, path))
+    save_outputs(model, history, mean_prediction, out)
 
 
-def save_outputs(model, history, usage, out):
+def save_outputs(model, history, mean_prediction, out):
     """Write encoder.pt, metrics.jsonl and the figures."""
     encoder = {name: weight.cpu() for name, weight in model.target_encoder.state_dict().items()}
     write_whole(out / "encoder.pt", lambda path: torch.save(encoder, path))
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_whole(out / "metrics.jsonl", lambda path: path.write_text(lines))
     write_figure(out / "training.png", plot_history, history)
-    write_figure(out / "prototypes.png", plot_usage, usage, model.prior.cpu())
+    write_figure(out / "prototypes.png", plot_prototypes, mean_prediction, model.prior.cpu())
 
 
 def write_figure(path, plot, *content):
@@ -668,16 +708,17 @@ def plot_history(history):
     return figure
 
 
-def plot_usage(usage, prior):
+def plot_prototypes(mean_prediction, prior):
     """The mean prediction of the last epoch, (K,), beside the prior."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     largest_first = prior.argsort(descending=True, stable=True)
     places = range(1, len(prior) + 1)
-    ax.loglog(places, usage[largest_first], ".", color="#d1495b", label="mean prediction")
+    ax.loglog(places, mean_prediction[largest_first], ".", color="#d1495b", label="mean prediction")
     ax.loglog(places, prior[largest_first], "k--", label="prior")
+    kl = torch.xlogy(mean_prediction, mean_prediction / prior).sum()
     ax.set(xlabel="prototype, largest prior first", ylabel="share of the images",
-           title=f"KL(use || prior) = {torch.xlogy(usage, usage / prior).sum():.3f} nats")
+           title=f"KL(mean prediction || prior) = {kl:.3f} nats")
     ax.legend(frameon=False)
     return figure
 
@@ -685,7 +726,7 @@ def plot_usage(usage, prior):
 # ---- Command line --------------------------------------------------------------------------------
 def number(kind, low, high=1e9):
     """An argparse type: a number from low to high."""
-    def number(text):
+    def number(text):  # argparse prints the name of this function: "invalid number value"
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high:.10g}, got {text}")
@@ -705,6 +746,7 @@ def make_parser():
     add("--model", default="vit_small", choices=MODELS, help="vision transformer")
     add("--patch_size", type=number(int, 1), default=16, help="pixels per side of a patch")
     add("--image_size", type=number(int, 8), default=224, help="pixels of target and masked views")
+    # The blur of the views pads by 8 pixels, and cannot take more than there are.
     add("--focal_size", type=number(int, 9), default=96, help="pixels of focal views")
     add("--focal_views", type=number(int, 0), default=10, help="focal views per image")
     add("--patch_drop", type=number(float, 0, 0.99), default=0.15, help="share of masked patches")
@@ -730,7 +772,8 @@ def make_parser():
         help="a quarter of the memory, a fifth more computation")
     add("--eval_every", type=number(int, 1), default=10, help="epochs between evaluations")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the training")
-    add("--quick", action="store_true", help="tiny model, random images")
+    add("--quick", action="store_true",
+        help="tiny model and random images: most other flags do not count")
     return parser
 
 
@@ -744,7 +787,7 @@ def parse(argv):
         args.data = args.out / "quick_images"
         vars(args).update(model="vit_micro", image_size=32, focal_size=16, patch_size=4, workers=1,
                           focal_views=2, prototypes=16, batch_size=64, epochs=4, eval_every=2,
-                          prior="power_law")
+                          prior="power_law", list=[])
         if world_size() > 1:
             parser.error("--quick is for one process")
     if args.data is None:
@@ -772,6 +815,7 @@ def parse(argv):
 
 def draw_quick_images(args):
     """Noise in class folders for --quick, which always starts anew."""
+    # A folder with other files is not ours.
     if any(path.name != "lock" for path in args.out.iterdir()) and not args.data.exists():
         fail(f"--quick starts anew, but --out {args.out} is not from --quick")
     (args.out / "checkpoint.pt").unlink(missing_ok=True)
@@ -786,16 +830,16 @@ def main(argv=None):
     device = start_processes()
     cuda = device.type == "cuda"
     lock = open_folder(args) if rank() == 0 else None
+    if args.quick:
+        draw_quick_images(args)
     try:
-        if args.quick:
-            draw_quick_images(args)
         training, validation = read_data(args)
         paths, labels = training
         prior = make_prior(labels, args)
-        batches, shuffle = make_batches(labels, args)
+        batches, set_epoch = make_batches(labels, args)
     except (OSError, ValueError) as error:
         fail(f"{error} (--data {args.data})")
-    crop, _ = view_options(args)
+    crop, color_options = view_options(args)
     loader = DataLoader(Images(paths, crop), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=cuda)
 
@@ -803,51 +847,46 @@ def main(argv=None):
     if cuda and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = make_optimizer(model)
-    schedule = list(zip(*schedules(args, len(loader))))
+    schedule = schedules(args, len(loader))
+    loss_options = {"sinkhorn_iterations": args.sinkhorn_iterations,
+                    "relative_sharpening": args.relative_sharpening}
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     settings["processes"] = world_size()
     if rank() == 0:
         settings["images"] = fingerprint(paths, labels, args.data)
-    history, usage = resume(model, optimizer, settings, args)
-    if rank() == 0 and history:
-        # A file that a kill has left behind the checkpoint, or that somebody has deleted.
-        save_outputs(model, history, usage, args.out)
+    history, mean_prediction = resume(model, optimizer, settings, args)
     if args.checkpoint_activations:
+        # Keep only the input of each block, and compute the rest again in the backward pass.
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # fails on checkpointed blocks
+        # The compiler's own support of DDP fails on checkpointed blocks.
+        torch._dynamo.config.optimize_ddp = False
         model.encoder.compile(dynamic=False)
         model.target_encoder.compile(dynamic=False)
 
-    say(f"{len(paths)} images, {len(labels.unique())} classes, {args.prior} prior, "
-        f"{len(prior)} prototypes, {world_size()} x {device.type}, torch {torch.__version__}\n"
-        "   epoch     loss       CE       KL    eff.       lr  images/s  hours left")
+    say(f"{len(paths)} images, {len(labels.unique())} classes, {args.prior} prior, {len(prior)} "
+        f"prototypes, {world_size()} x {device.type}, torch {torch.__version__}\n{HEADER}")
+    # These are the random weights of a new run, or a kill came in the middle of an evaluation.
+    if evaluate_if_due(model.target_encoder, history, training, validation, args):
+        save(model, optimizer, history, mean_prediction, settings, args.out)
+    first = history[-1]["epoch"] + 1
     network = model
-    history = history or [{"epoch": 0}]  # Epoch 0 has no steps. Its weights are random.
-    # The first epoch of the loop has been trained already. Its evaluation may be missing.
-    for epoch in range(history[-1]["epoch"], args.epochs + 1):
-        if epoch > history[-1]["epoch"]:
-            set_epoch_seed(epoch, args)
-            shuffle(epoch)
-            if world_size() > 1 and (network is model or not cuda):
-                # DDP changes the order of its sums after its first step. On CPUs it is made anew in
-                # every epoch, so that a restarted run has the bits of one without a restart.
-                network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
-            terms, usage = train_one_epoch(model, network, loader, optimizer, schedule, epoch, args)
-            history.append({"epoch": epoch, **terms})
-            if rank() == 0:
-                # The epoch is safe before anything else can go wrong.
-                save_checkpoint(model, optimizer, history, usage, settings, args.out)
-                save_outputs(model, history, usage, args.out)
-        is_due = epoch % args.eval_every == 0 or epoch == args.epochs
-        if validation and is_due and "knn_all" not in history[-1]:
-            accuracy = evaluate(model.target_encoder, training, validation, args)
-            say(f"{epoch:8}", *[f"{name} {value:.3f}" for name, value in accuracy.items()])
-            history[-1].update(accuracy)
-            if rank() == 0 and epoch > 0:
-                save_checkpoint(model, optimizer, history, usage, settings, args.out)
-                save_outputs(model, history, usage, args.out)
+    for epoch in range(first, args.epochs + 1):
+        # Everything random in this epoch follows from these two lines.
+        set_epoch_seed(epoch, args)
+        set_epoch(epoch)
+        # DDP changes the order of its sums after its first step. On CPUs it is made anew in every
+        # epoch, so that a restarted run has the bits of one without a restart.
+        if world_size() > 1 and (epoch == first or not cuda):
+            network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
+        terms, mean_prediction = train_one_epoch(model, network, loader, optimizer, schedule, epoch,
+                                                 color_options, loss_options)
+        history.append({"epoch": epoch, **terms})
+        # The epoch is saved before its evaluation, so that nothing there can lose it.
+        save(model, optimizer, history, mean_prediction, settings, args.out)
+        if evaluate_if_due(model.target_encoder, history, training, validation, args):
+            save(model, optimizer, history, mean_prediction, settings, args.out)
     say(f"{args.out}: checkpoint.pt encoder.pt metrics.jsonl training.png prototypes.png")
     if world_size() > 1:
         dist.destroy_process_group()

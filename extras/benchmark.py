@@ -48,6 +48,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import v2
 
+# The other scripts are in the folder above, and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from train_inat import MODELS, number
 

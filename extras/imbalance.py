@@ -9,7 +9,7 @@ data2vec have no volume term and should lose little.
     python extras/imbalance.py --data CIFAR10     # or a folder with train and test
     python extras/imbalance.py --quick            # a short run from end to end
 
-Run `pip install -e .` first. The results go to results.json and imbalance.png in --out.
+The results go to results.json and imbalance.png in --out.
 All methods share a small vision transformer, the views, the training loop and a linear probe, and
 run on the CPU. In the paper SimCLR trains a ResNet-50 on mini-batches of 4096 images of ImageNet.
 """
@@ -30,6 +30,8 @@ from torch.utils.data import default_collate
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
+# The other scripts are in the folder above, and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from mnist_corner import Figure, number, parse, save
 

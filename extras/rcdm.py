@@ -10,9 +10,9 @@ background.
     python extras/rcdm.py --quick       # every step, with too little data, in half a minute
     python extras/rcdm.py --models runs/corner      # models that mnist_corner.py has trained
 
-Run `pip install -e .` first. The diffusion model sees images like the ones that PMSN has seen, with
-their projections by PMSN's target network, scaled to length 1. It sees no label. Prototypes live in
-the same space, so afterwards a prototype can take the place of a projection.
+The diffusion model sees images like the ones that PMSN has seen, with their projections by PMSN's
+target network, scaled to length 1. It sees no label. Prototypes live in the same space, so
+afterwards a prototype can take the place of a projection.
 Not in the paper: a small U-Net, flow matching, and noise on the projections (see `add_noise`).
 --out gets rcdm.png, rcdm_images.png (samples of real images), rcdm.json, and the trained models.
 """
@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# The other scripts are in the folder above, and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
 from mnist_corner import (LABELS, Figure, cell, finite, number, parse, run_in_processes, save,
                           summarize)
@@ -173,7 +175,7 @@ def train_classifier(source, steps):
         optimizer.step()
     return network
 
-def train_unet(model, source, steps, progress):
+def train_unet(model, source, steps, name):
     """A diffusion model for the projections of one PMSN, and its loss in the last 100 steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, unet = model.to(device), UNet().to(device)
@@ -191,14 +193,14 @@ def train_unet(model, source, steps, progress):
         optimizer.step()
         losses.append(loss.item())
         if step % 100 == 0 or step == steps:
-            left = (time.time() - began) * (steps * (1 + progress.later_jobs) / step - 1)
+            left = (time.time() - began) * (steps / step - 1)
             mean = np.mean(losses[-100:])
-            print(f"{progress.name}{step:>7}{mean:>9.4f}{left:>7.0f}s", flush=True)
+            print(f"{name}{step:>7}{mean:>9.4f}{left:>7.0f}s", flush=True)
     model.cpu()
     return unet.cpu(), mean
 
 # ---- One experiment ------------------------------------------------------------------------------
-def experiment(seed, exponent, later_jobs, args):
+def experiment(seed, exponent, args):
     """Draw the prototypes of one PMSN. Returns its entry in rcdm.json, and images for figures."""
     torch.set_num_threads(1)  # faster here, because the runs are side by side
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
@@ -206,8 +208,7 @@ def experiment(seed, exponent, later_jobs, args):
     source = CornerImages(corner)
     model = load_pmsn(model_path(args.models, seed, exponent), exponent)
     classifier = train_classifier(source, args.steps // 4)
-    progress = SimpleNamespace(name=f"{seed:>4}{exponent:>9.2f}", later_jobs=later_jobs)
-    unet, loss = train_unet(model, source, args.steps, progress)
+    unet, loss = train_unet(model, source, args.steps, name=f"{seed:>4}{exponent:>9.2f}")
     save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
 
     torch.manual_seed(seed)  # A saved U-Net draws the same again.
@@ -304,7 +305,8 @@ def plot(pictures, summary, out):
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--models", type=Path, help="--out of mnist_corner.py (default: train models in --out)")
     add("--out", type=Path, default="runs/rcdm", help="folder for results and figures")

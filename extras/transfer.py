@@ -18,9 +18,9 @@ needs one folder in --data (see TASKS below):
     kitti_dist    KITTI: the distance of the closest vehicle, in three bins, or no vehicle
 
 Each encoder and task gets a linear probe, a k-NN classifier, and with --shots k a logistic
-regression on k images per class. If there are several encoders, the first two are compared. Run
-`pip install -e .` first. --out gets transfer.json, transfer.png (only for several encoders), and
-the features, which are not computed again for the same weights and file names.
+regression on k images per class. If there are several encoders, the first two are compared. --out
+gets transfer.json, transfer.png (only for several encoders), and the features, which are not
+computed again for the same weights and file names.
 """
 
 import argparse
@@ -39,6 +39,8 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.transforms import v2
 
+# The other scripts are in the folder above, and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 import train_inat
 from train_inat import number, rank, world_size, write_figure, write_whole

@@ -15,7 +15,7 @@ labels of the classifiers are those of the training images, so they are long-tai
     python extras/which_prior.py --map --seeds 0 1 2    # the whole map, 80 minutes
     python extras/which_prior.py --quick      # every step, with too little data, half a minute
 
-Run `pip install -e .` first. --out gets which_prior.json and which_prior.png.
+--out gets which_prior.json and which_prior.png.
 Not in the paper: these images, the small encoder, no masking and one anchor per image, schedules
 for sharpening and target network, relative sharpening, and Sinkhorn with a prior.
 """
@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# The other scripts are in the folder above, and are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from mnist_corner import (Figure, agreement, background_view, cell, digit_view, draw, finite,
                           load_backgrounds, make_encoder, make_model, number, parse,
@@ -101,9 +103,10 @@ def make_runs(seed, args):
                                     loss_options=options, encoder=encoder, optimizer=optimizer))
     return runs
 
-def train(runs, data, args, progress):
+def train(runs, data, args, title):
     """Train all runs on the same batches and views."""
     steps_per_epoch = args.images // BATCH_SIZE
+    began = time.time()
     for epoch in range(args.epochs):
         for run in runs:
             run.terms = {}
@@ -133,9 +136,8 @@ def train(runs, data, args, progress):
                     if value.ndim == 0:
                         mean = value.item() / steps_per_epoch
                         run.terms[name] = run.terms.get(name, 0.0) + mean
-        progress.done += 1
-        left = (time.time() - progress.began) * (progress.all / progress.done - 1)
-        print(f"{progress.name}{epoch + 1:>6}{left:>7.0f}s", flush=True)
+        left = (time.time() - began) * (args.epochs / (epoch + 1) - 1)
+        print(f"{title}{epoch + 1:>6}{left:>7.0f}s", flush=True)
 
 # ---- Measures ------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -176,7 +178,7 @@ def by_group(name, values, labels, num_classes):
              for i, group in enumerate(("head", "middle", "tail"))}
     return {name: values.double().nanmean().item(), **means}
 
-def experiment(seed, data_exponent, contrast, later_jobs, args):
+def experiment(seed, data_exponent, contrast, args):
     """All models for one kind of data. Returns their entries in which_prior.json."""
     torch.set_num_threads(1)  # faster here, and the same bits for any number of cores
     torch.manual_seed(seed)
@@ -187,9 +189,7 @@ def experiment(seed, data_exponent, contrast, later_jobs, args):
     untrained = SimpleNamespace(exponent=None, method="random", model=None,
                                 encoder=make_encoder(SIZE, WIDTHS), terms={})
     name = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
-    progress = SimpleNamespace(name=name, began=time.time(), done=0,
-                               all=args.epochs * (1 + later_jobs))
-    train(runs, data, args, progress)
+    train(runs, data, args, name)
     found = []
     for run in [untrained, *runs]:
         results = {**run.terms, **measure(run, data, images, test, test_images,
@@ -244,7 +244,8 @@ def name_of(kind):
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, power = parser.add_argument, number(float, 0, 4)
     add("--data_exponents", type=power, nargs="+", default=[0.0, 1.0], help="class frequencies")
     add("--contrasts", type=number(float, 0, 1), nargs="+", default=[0.0, 0.7], help="of gratings")

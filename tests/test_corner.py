@@ -32,7 +32,7 @@ def run(exponent, **settings):
     """A short run, of two steps per start and two on whole images -> what results.json gets."""
     with tempfile.TemporaryDirectory() as out:
         args = SimpleNamespace(**{**SETTINGS, "out": Path(out), **settings})
-        return mnist_corner.experiment(0, exponent, 0, args)[0]
+        return mnist_corner.experiment(0, exponent, args)[0]
 
 def spy(monkeypatch, losses=()):
     """A list of the (weights, views) of every step. Start i gets losses[i], if there is one."""

@@ -22,7 +22,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     settings = {**SETTINGS, "starts": 0, "out": folder}
     for exponent in (1.0, 0.0):
-        mnist_corner.experiment(0, exponent, 0, SimpleNamespace(**settings))
+        mnist_corner.experiment(0, exponent, SimpleNamespace(**settings))
     (folder / "results.json").write_text(json.dumps({"config": settings}, default=str))
     return folder
 
@@ -97,7 +97,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
         monkeypatch.setattr(rcdm, name, fake)
     monkeypatch.setattr(rcdm.CornerImages, "batch", batch)
     args = SimpleNamespace(corner=SETTINGS, models=tmp_path, out=tmp_path, steps=10, samples=8)
-    record, pictures = rcdm.experiment(0, 1.0, 0, args)
+    record, pictures = rcdm.experiment(0, 1.0, args)
     results = record["results"]
     for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
         assert results[name] == pytest.approx(1), name

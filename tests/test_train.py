@@ -271,7 +271,7 @@ def test_schedules_by_hand(tmp_path):
     """10 epochs of 4 steps: 2 steps of warm-up, stretched to 50 steps, the first one is step 1."""
     args = train_inat.parse(["--data", "x", "--out", str(tmp_path), "--epochs", "10",
                              "--lr", "1", "--ema_momentum", "0.9"])
-    steps = list(zip(*train_inat.schedules(args, 4), strict=True))
+    steps = train_inat.schedules(args, 4)
     assert len(steps) == 40
     for step, (lr, weight_decay, ema_momentum) in enumerate(steps, start=1):
         fall = 0.001 + 0.999 * (1 + math.cos(math.pi * (step - 2) / 48)) / 2

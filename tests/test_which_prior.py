@@ -57,7 +57,7 @@ def test_a_measure_without_a_value_is_left_out(monkeypatch):
     monkeypatch.setattr(which_prior, "make_runs", lambda seed, args: [])
     monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
     args = SimpleNamespace(classes=3, images=1024, epochs=1)
-    (untrained,) = which_prior.experiment(0, 1.0, 0.0, 0, args)
+    (untrained,) = which_prior.experiment(0, 1.0, 0.0, args)
     assert untrained["results"] == {"knn": 0.5}
 
 def test_quick_run_end_to_end(tmp_path, capsys):
