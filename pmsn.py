@@ -547,9 +547,15 @@ def nearest_neighbors(queries, bank, k):
     """Cosines and indices (Q, k) of the k most similar rows of the bank (N, d), best first."""
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to the {len(bank)} rows of the bank, got {k}")
-    found = [cosine(block, bank).topk(k) for block in queries.split(1024)]
-    cosines, indices = zip(*found)
+    blocks = queries.split(rows_per_block(len(bank)))
+    bank = F.normalize(at_least_float32(bank), dim=-1)  # once, and not in every block
+    cosines, indices = zip(*[cosine(block, bank).topk(k) for block in blocks])
     return torch.cat(cosines), torch.cat(indices)
+
+
+def rows_per_block(columns):
+    """How many rows of a matrix with this number of columns have 64 MiB in float32."""
+    return max(1, 2**24 // columns)
 
 
 def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
@@ -578,7 +584,7 @@ def linear_probe(features, labels, test_features, penalty=1.0):
     # A feature that is constant, up to rounding, says nothing. Divided by infinity, it becomes 0.
     std = std.masked_fill(std <= 1e-5 * x.abs().amax(dim=0), math.inf)
     weight, bias = logistic_regression((x - mean) / std, labels, penalty)
-    blocks = ((test_x - mean) / std).split(rows_per_block(bias))
+    blocks = ((test_x - mean) / std).split(rows_per_block(len(bias)))
     with torch.autocast(x.device.type, enabled=False):
         return torch.cat([(block @ weight + bias).argmax(dim=1) for block in blocks])
 
@@ -610,7 +616,7 @@ def logistic_regression(features, labels, penalty, with_bias=True):
         objective.backward()
         total = objective.item()
         # The logits of all images at once can be too large for the memory: (N, C).
-        rows = rows_per_block(bias)
+        rows = rows_per_block(num_classes)
         for block, classes in zip(x.split(rows), labels.split(rows)):
             loss = F.cross_entropy(block @ weight + bias, classes, reduction="sum") / len(x)
             loss.backward()
@@ -620,11 +626,6 @@ def logistic_regression(features, labels, penalty, with_bias=True):
     with torch.autocast(x.device.type, enabled=False):
         optimizer.step(closure)
     return weight.detach(), bias.detach()
-
-
-def rows_per_block(bias):
-    """How many rows of logits, (rows, C) for biases (C,), have 64 MiB in float32."""
-    return max(1, 2**24 // len(bias))
 
 
 def check_features(features, labels, test_features):

@@ -545,15 +545,17 @@ def test_logistic_regression_has_no_gradient_in_float64():
         close(error.sum(dim=0) if with_bias else bias, torch.zeros(6), 1e-2)
 
 def test_many_classes_are_computed_in_blocks(monkeypatch):
-    """Blocks of two rows give the weights of one block with all rows."""
+    """Blocks of two rows give the weights, classes and neighbors of one block with all rows."""
     x, labels, test_x, _ = overlapping_classes()
+    neighbors = pmsn.nearest_neighbors(test_x, x, 7)
     arguments = x[:99], labels[:99], test_x
     expected = pmsn.logistic_regression(*arguments[:2], 1.0), pmsn.linear_probe(*arguments)
-    monkeypatch.setattr(pmsn, "rows_per_block", lambda bias: 2)
+    monkeypatch.setattr(pmsn, "rows_per_block", lambda columns: 2)
     found = pmsn.logistic_regression(*arguments[:2], 1.0), pmsn.linear_probe(*arguments)
     close(found[0][0], expected[0][0], 1e-4)
     close(found[0][1], expected[0][1], 1e-4)
     assert torch.equal(found[1], expected[1])
+    assert torch.equal(pmsn.nearest_neighbors(test_x, x, 7)[1], neighbors[1])
 
 def test_the_probe_does_not_depend_on_where_it_is_called():
     """In inference mode, without or with gradients, under autocast, with a graph behind features.

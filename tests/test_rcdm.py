@@ -90,7 +90,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
     fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
-             "train_unet": lambda *args: (SimpleNamespace(state_dict=dict), float("nan")),
+             "train_unet": lambda *args, **options: (SimpleNamespace(state_dict=dict), float("nan")),
              "project": lambda model, x: model.prototypes[x[:, 0, 0, 0].long()] / 2,
              "draw": draw, "classify": classify}
     for name, fake in fakes.items():
@@ -114,7 +114,7 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     monkeypatch.setattr(mnist_corner, "main", main)
     def run_here(experiment, jobs, args):
         experiment, args = pickle.loads(pickle.dumps((experiment, args)))
-        return [experiment(*job, 0, args) for job in jobs]
+        return [experiment(*job, args) for job in jobs]
     monkeypatch.setattr(rcdm, "run_in_processes", run_here)
     monkeypatch.setattr(rcdm.sample, "__defaults__", (2,))  # steps
     monkeypatch.setattr(rcdm, "BATCH_SIZE", 16)
