@@ -63,6 +63,12 @@ MODELS = {  # embed_dim, depth, num_heads
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),
 }
+# A prior (K,) from the labels (N,) of the training images and the arguments.
+PRIORS = {
+    "power_law": lambda labels, args: pmsn.power_law_prior(args.prototypes, args.exponent),
+    "uniform": lambda labels, args: pmsn.power_law_prior(args.prototypes, exponent=0.0),
+    "classes": lambda labels, args: pmsn.class_prior(torch.bincount(labels)),
+}
 TERMS = ("loss", "cross_entropy", "prior_kl", "effective_prototypes")
 # A run can be continued with other values of these flags.
 FREE_FLAGS = ("data", "list", "out", "workers", "eval_every", "compile", "checkpoint_activations")
@@ -317,14 +323,6 @@ def read_data(args):
         kept = pmsn.long_tail_indices(labels, long_tail)
         training = [paths[i] for i in kept], labels[kept]
     return training, validation
-
-
-def make_prior(labels, args):
-    """The prior (K,) of --prior, for training labels (N,)."""
-    if args.prior == "classes":
-        return pmsn.class_prior(torch.bincount(labels))
-    # For --prior uniform, `parse` has set the exponent to 0.
-    return pmsn.power_law_prior(args.prototypes, args.exponent)
 
 
 def make_batches(labels, args):
@@ -750,7 +748,7 @@ def make_parser():
     add("--focal_size", type=number(int, 9), default=96, help="pixels of focal views")
     add("--focal_views", type=number(int, 0), default=10, help="focal views per image")
     add("--patch_drop", type=number(float, 0, 0.99), default=0.15, help="share of masked patches")
-    add("--prior", default="power_law", choices=("power_law", "uniform", "classes"),
+    add("--prior", default="power_law", choices=PRIORS,
         help="uniform is MSN (add --sinkhorn_iterations 3); classes has one prototype per class")
     add("--exponent", type=number(float, 0),
         help="of --prior power_law, 0.25 if it is not given; 0 is uniform")
@@ -835,7 +833,7 @@ def main(argv=None):
     try:
         training, validation = read_data(args)
         paths, labels = training
-        prior = make_prior(labels, args)
+        prior = PRIORS[args.prior](labels, args)
         batches, set_epoch = make_batches(labels, args)
     except (OSError, ValueError) as error:
         fail(f"{error} (--data {args.data})")

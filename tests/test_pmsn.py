@@ -297,6 +297,16 @@ def test_a_given_head_is_used(head):
     model = pmsn.PMSN(SmallEncoder(), pmsn.power_law_prior(4, 1.0), head=head, output_dim=6)
     assert model.head is head
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_networks_of_timm_are_encoders_without_patch_drop(name):
+    timm = pytest.importorskip("timm", reason="timm has the networks of this test")
+    encoder = timm.create_model(name, num_classes=0)
+    encoder.embed_dim = encoder.num_features
+    model = pmsn.PMSN(encoder, pmsn.power_law_prior(4, 1.0), patch_drop=0)
+    loss, _ = model([torch.randn(2, 3, 224, 224) for _ in range(2)])
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.encoder.parameters())
+
 # ---- Views ---------------------------------------------------------------------------------------
 def random_images(batch, size):
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))

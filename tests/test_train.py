@@ -315,7 +315,8 @@ def test_the_three_priors(tmp_path):
             (["--prior", "uniform", "--prototypes", "4"], [1 / 4] * 4),
             (["--exponent", "1", "--prototypes", "3"], [6 / 11, 3 / 11, 2 / 11]),
             (["--prototypes", "2"], [2**0.25 / (1 + 2**0.25), 1 / (1 + 2**0.25)])):
-        prior = train_inat.make_prior(labels, arguments(tmp_path, *argv))
+        args = arguments(tmp_path, *argv)
+        prior = train_inat.PRIORS[args.prior](labels, args)
         torch.testing.assert_close(prior, torch.tensor(expected))
 
 # ---- Every step of the loop ----------------------------------------------------------------------
