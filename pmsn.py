@@ -211,7 +211,7 @@ def check_prior(prior):
 def check_embeddings(anchors, targets, prototypes, prior):
     """Raise ValueError unless these are (M*B, d), (B, d), (K, d) and (K,)."""
     matrices = (anchors, targets, prototypes)
-    fit = all(x.ndim == 2 and x.shape[1] == prototypes.shape[-1] for x in matrices)
+    fit = all(x.ndim == 2 for x in matrices) and len({x.shape[1] for x in matrices}) == 1
     fit = fit and len(anchors) >= len(targets) > 0 and len(anchors) % len(targets) == 0
     if not fit or len(prototypes) != len(prior):
         shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
@@ -480,11 +480,14 @@ def gaussian_blur(images, sigma):
 def long_tail_indices(labels, prior, seed=0):
     """A random subset, as large as possible, in which class c has the share prior[c].
 
-    labels (N,), prior (C,) -> indices (n,). Raises ValueError for a class without images.
+    labels (N,), prior (C,) -> indices (n,). Raises ValueError for a class without images, for
+    labels of more than C classes, and for an invalid prior.
     """
+    check_prior(prior)
     counts = torch.bincount(labels, minlength=len(prior))
-    if counts.min() == 0:
-        raise ValueError(f"a long-tailed subset needs images of each of {len(prior)} classes")
+    if counts.min() == 0 or len(counts) > len(prior):
+        raise ValueError(f"a long-tailed subset needs images of each of {len(prior)} classes, and "
+                         f"of no others. The {len(counts)} classes have {counts.tolist()} images")
     wanted = prior * (counts / prior).min()  # images per class, as many as the scarcest allows
     wanted = wanted.round().long().clamp_min(1)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -501,6 +504,9 @@ class ClassBatchSampler(torch.utils.data.Sampler):
     """
     def __init__(self, labels, batch_size, classes_per_batch, rank=0, world_size=1, seed=0):
         classes, counts = labels.unique(return_counts=True)
+        if not 0 <= rank < world_size or classes_per_batch < 1 or len(labels) == 0:
+            raise ValueError(f"rank {rank} of {world_size} processes, {classes_per_batch} classes "
+                             f"per batch or {len(labels)} labels are not possible")
         if batch_size % classes_per_batch or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} must be a multiple of {classes_per_batch} "
                              f"classes per batch and of {world_size} processes")
@@ -579,14 +585,16 @@ def linear_probe(features, labels, test_features, penalty=1.0):
     and hardly if there are many. Raises ValueError as `check_features` does.
     """
     check_features(features, labels, test_features)
+    classes, labels = labels.unique(return_inverse=True)  # Numbers of classes can have gaps.
     x, test_x = (at_least_float32(x.detach()) for x in (features, test_features))
     std, mean = torch.std_mean(x, dim=0, correction=0)
     # A feature that is constant, up to rounding, says nothing. Divided by infinity, it becomes 0.
-    std = std.masked_fill(std <= 1e-5 * x.abs().amax(dim=0), math.inf)
+    rounding = 100 * torch.finfo(x.dtype).eps * x.abs().amax(dim=0)
+    std = std.masked_fill(std <= rounding, math.inf)
     weight, bias = logistic_regression((x - mean) / std, labels, penalty)
     blocks = ((test_x - mean) / std).split(rows_per_block(len(bias)))
     with torch.autocast(x.device.type, enabled=False):
-        return torch.cat([(block @ weight + bias).argmax(dim=1) for block in blocks])
+        return torch.cat([classes[(block @ weight + bias).argmax(dim=1)] for block in blocks])
 
 
 @torch.inference_mode(False)  # The caller may have switched gradients off, in two ways.
@@ -595,9 +603,12 @@ def logistic_regression(features, labels, penalty, with_bias=True):
     """Weights (d, C) and biases (C,) of the classes 0 to C - 1, by L-BFGS.
 
     They minimize  sum(cross-entropy) + penalty / 2 * sum(weights^2), as scikit-learn's
-    LogisticRegression(C=1 / penalty). The biases have no penalty. Features (N, d), labels (N,).
-    After 500 iterations it stops, whether it has converged or not.
+    LogisticRegression(C=1 / penalty). (Of two classes scikit-learn trains the difference only, so
+    there it is C=2 / penalty.) The biases have no penalty. Features (N, d), labels (N,). After 500
+    iterations it stops. With a penalty far below .1 and few images it may stop before the minimum.
+    Raises ValueError as `check_features` does.
     """
+    check_features(features, labels, features)
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be at least 0, got {penalty}")
     # Clones can take part in a gradient, even if the originals are from torch.inference_mode.
@@ -690,7 +701,8 @@ def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn
     """
     check_views(first, second)
     check_temperature(epsilon)
-    if prototypes.ndim != 2 or prototypes.shape[1] != first.shape[1] or sinkhorn_iterations < 1:
+    fit = prototypes.ndim == 2 and prototypes.shape[1] == first.shape[1] and len(prototypes) > 0
+    if not fit or sinkhorn_iterations < 1:
         raise ValueError(f"prototypes (K, {first.shape[1]}) and at least one Sinkhorn iteration "
                          f"are needed, got {tuple(prototypes.shape)} and {sinkhorn_iterations}")
     log_uniform = -math.log(len(prototypes))  # the same for all prototypes

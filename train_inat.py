@@ -132,7 +132,7 @@ def find_images(data, lists=()):
     this is not a data set.
     """
     jsons = [path for path in sorted(data.glob("train*.json"))
-             if re.fullmatch(r"train(20\d\d)?\.json", path.name)]
+             if re.fullmatch(r"train(20\d\d)?\.json", path.name) and path.is_file()]
     if lists:
         splits = [read_list(file, data) for file in lists]
     elif len(jsons) > 1:
@@ -157,23 +157,33 @@ def find_images(data, lists=()):
 
 
 def find_folders(data):
-    """The folder of the training images, and that of the validation images if there is one."""
+    """The folder of the training images, and that of the validation images if there is one.
+
+    Without a folder train, it is the given one.
+    """
     names = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
              "test": ("test", "testing")}
-    subfolders = [path for path in sorted(data.iterdir()) if path.is_dir()]
+    subfolders = [path for path in sorted(data.iterdir())
+                  if path.is_dir() and not path.name.startswith(".")]
     folders = {split: [path for path in subfolders if path.name.lower() in names[split]]
                for split in names}
+    named = folders["train"] + folders["val"] + folders["test"]
+    others = [path for path in subfolders if path not in named]
+    have_classes = any(child.is_dir() for path in named for child in path.iterdir())
+    if not have_classes and (others or not named):
+        return [data]  # A folder train may be a class, as in CIFAR-100. Then it has only images.
     for found in folders.values():
         if len(found) > 1:
             raise ValueError(f"which one is it: {' or '.join(path.name for path in found)}?")
     if not folders["train"]:
-        if folders["val"] or folders["test"]:
-            raise ValueError(f"there is a folder {(folders['val'] + folders['test'])[0].name}, but "
-                             "no folder train")
-        return [data]
-    if folders["test"]:
-        say(f"{folders['test'][0].name} is not used: only train and val are")
-    return folders["train"] + folders["val"]
+        raise ValueError(f"there is a folder {named[0].name}, but no folder train")
+    used = folders["train"] + folders["val"]
+    unused = others + folders["test"]
+    if unused:
+        names = [path.name for path in unused]
+        say(f"not used: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Only "
+            f"{' and '.join(path.name for path in used)} are")
+    return used
 
 
 def read_folder(folder):
@@ -198,20 +208,20 @@ def image_files(folder, above):
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if entry.name.lower().endswith(IMAGE_ENDINGS):
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            found += image_files(entry.path, [*above, real])
+        elif entry.name.lower().endswith(IMAGE_ENDINGS):
             # A broken link is kept, and later named as an unreadable image. A named pipe is not.
             is_broken_link = entry.is_symlink() and not os.path.exists(entry.path)
             if is_broken_link or entry.is_file():
                 found.append(entry.path)
-        elif os.path.isdir(entry.path):
-            found += image_files(entry.path, [*above, real])
     return found
 
 
 def read_json(file):
     """Images and categories of iNaturalist."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         category = {a["image_id"]: a["category_id"] for a in content["annotations"]}
         paths = [os.path.join(file.parent, image["file_name"]) for image in content["images"]]
         classes = [category[image["id"]] for image in content["images"]]
@@ -226,7 +236,9 @@ def read_json(file):
 
 def read_list(file, folder):
     """Lines "path label", as of ImageNet-LT and Places-LT. Paths are relative to the folder."""
-    lines = [line.rsplit(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()]
+    # Names of files may have any bytes. Some editors put an invisible mark (sig) at the beginning.
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [line.rsplit(maxsplit=1) for line in text.rstrip().split("\n")]
     if not lines or not all(len(line) == 2 and line[1].isdecimal() for line in lines):
         raise ValueError(f"every line of {file} must be a path and the number of a class")
     return [os.path.join(folder, path) for path, _ in lines], [int(label) for _, label in lines]
@@ -240,8 +252,8 @@ def decode(path):
     if not os.path.isfile(path):  # Opening a named pipe would wait for ever.
         raise OSError("there is no such file")
     with Image.open(path) as image:
-        # PNG has at most 16 bits, but some versions of PIL read them as 32.
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # PNG and PGM have at most 16 bits, but PIL may read them as 32.
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
             levels = np.asarray(image).astype(np.int64) >> 8
             image, info = Image.fromarray(levels.astype(np.uint8)), image.info
             image.info.update(info)  # the EXIF orientation
@@ -513,7 +525,7 @@ def extract(encoder, images, workers, watch=iter):
         # With fewer images than processes, some processes have none.
         features, indices = [torch.cat(parts) for parts in
                              zip(*[share for share in shares if share[0] is not None])]
-    if len(images) - len(indices) > max(1, len(images) // 100):
+    if len(indices) == 0 or len(images) - len(indices) > max(1, len(images) // 100):
         fail(f"{len(images) - len(indices)} of {len(images)} images cannot be read, which is more "
              "than 1%")
     indices, order = indices.sort()  # the same order for any number of processes
@@ -602,20 +614,33 @@ def fingerprint(paths, labels, data):
         content.update(os.fsencode(path.removeprefix(start)) + b"\0%d\n" % label)
     for path in paths[::max(1, len(paths) // 100)]:
         try:
-            content.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            image = Path(path).read_bytes() if os.path.isfile(path) else b""
         except OSError:
-            content.update(b"unreadable")
+            image = b""
+        content.update(hashlib.sha256(image).digest())
     return content.hexdigest()[:16]
+
+
+def load_file(path):
+    """What torch.save has written. Raises ValueError if it was damaged since then."""
+    if not os.path.isfile(path):
+        raise OSError(f"{path} is no file")
+    if zipfile.is_zipfile(path):  # Files of old versions of PyTorch have no checksums.
+        with zipfile.ZipFile(path) as file:
+            # torch.load does not compare the checksums, and skips what seems to be a folder.
+            damaged = file.testzip() or any(part.external_attr for part in file.infolist())
+        if damaged:
+            raise ValueError(f"{path} is damaged: its checksums are wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, settings):
     """The checkpoint of an earlier run. One with other settings ends this run."""
     try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load does not compare the checksums.
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path)
+        missing = {"model", "optimizer", "history", "usage", "settings"} - state.keys()
+        if missing:
+            raise ValueError(f"it has no {missing.pop()}")
         # The checkpoint of an older version has no value for a newer flag. Take the default.
         old = {**vars(make_parser().parse_args([])), **state["settings"]}
         changed = [name for name in settings if old.get(name, settings[name]) != settings[name]]
@@ -732,39 +757,49 @@ def number(kind, low, high=1e9):
     return number
 
 
+def folder(text):
+    """An argparse type: a path. An empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # one line, and only once under torchrun
     add = parser.add_argument
-    add("--data", type=Path, help="iNaturalist 2018, or a folder with folders of images")
+    add("--data", type=folder, help="iNaturalist 2018, or a folder with folders of images")
     add("--list", type=Path, nargs="+", default=[], metavar="FILE",
         help="text files with lines 'path label', for training and validation: ImageNet-LT")
-    add("--out", type=Path, help="folder of the run, runs/inat if it is not given")
+    add("--out", type=folder, help="folder of the run, runs/inat if it is not given")
     add("--model", default="vit_small", choices=MODELS, help="vision transformer")
-    add("--patch_size", type=number(int, 1), default=16, help="pixels per side of a patch")
-    add("--image_size", type=number(int, 8), default=224, help="pixels of target and masked views")
+    add("--patch_size", type=number(int, 1, 10_000), default=16, help="pixels per side of a patch")
+    add("--image_size", type=number(int, 8, 10_000), default=224,
+        help="pixels of target and masked views")
     # The blur of the views pads by 8 pixels, and cannot take more than there are.
-    add("--focal_size", type=number(int, 9), default=96, help="pixels of focal views")
-    add("--focal_views", type=number(int, 0), default=10, help="focal views per image")
+    add("--focal_size", type=number(int, 9, 10_000), default=96, help="pixels of focal views")
+    add("--focal_views", type=number(int, 0, 1000), default=10, help="focal views per image")
     add("--patch_drop", type=number(float, 0, 0.99), default=0.15, help="share of masked patches")
     add("--prior", default="power_law", choices=PRIORS,
         help="uniform is MSN (add --sinkhorn_iterations 3); classes has one prototype per class")
     add("--exponent", type=number(float, 0),
         help="of --prior power_law, 0.25 if it is not given; 0 is uniform")
-    add("--prototypes", type=number(int, 2),
+    add("--prototypes", type=number(int, 2, 1_000_000),
         help="number of prototypes, 1024 if it is not given; not for --prior classes")
-    add("--sinkhorn_iterations", type=number(int, 0), default=0, help="see pmsn.sinkhorn")
+    add("--sinkhorn_iterations", type=number(int, 0, 1000), default=0, help="see pmsn.sinkhorn")
     add("--relative_sharpening", action="store_true", help="for exponents near 1: pmsn.sharpen")
     add("--long_tail", type=number(float, 0, 10), help="exponent of classes, by dropping images")
     add("--classes_per_batch", type=number(int, 1),
         help="few classes per batch (paper, table 1): every class needs at least batch_size / "
              "classes_per_batch images, as in ImageNet and not in iNaturalist")
-    add("--epochs", type=number(int, 1), default=300, help="the first twentieth is warm-up")
-    add("--batch_size", type=number(int, 2), default=1024, help="images per step on all GPUs")
+    add("--epochs", type=number(int, 1, 10_000), default=300, help="the first twentieth is warm-up")
+    add("--batch_size", type=number(int, 2, 1_000_000), default=1024,
+        help="images per step on all GPUs")
     add("--lr", type=number(float, 0), default=1e-3, help="highest learning rate")
     add("--ema_momentum", type=number(float, 0, 1), default=0.996, help="at the start; ends near 1")
-    add("--workers", type=number(int, 0), default=8, help="processes per device that load images")
+    add("--workers", type=number(int, 0, 1000), default=8,
+        help="processes per device that load images")
     add("--compile", action="store_true", help="use torch.compile")
     add("--checkpoint_activations", action="store_true",
         help="a quarter of the memory, a fifth more computation")
@@ -779,8 +814,10 @@ def parse(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/quick" if args.quick else "runs/inat")
-    if args.out == Path(""):
-        parser.error("--out is empty or '.': it must be a folder of its own")
+    if args.out == Path("."):
+        parser.error("--out must be a folder of its own, not the current one")
+    if world_size() > 1 and "RANK" not in os.environ:
+        parser.error("WORLD_SIZE is set, but RANK is not: start several processes with torchrun")
     if args.quick:
         args.data = args.out / "quick_images"
         vars(args).update(model="vit_micro", image_size=32, focal_size=16, patch_size=4, workers=1,
@@ -790,6 +827,8 @@ def parse(argv):
             parser.error("--quick is for one process")
     if args.data is None:
         parser.error("--data is missing: only --quick needs none")
+    if args.data.resolve() in args.out.resolve().parents:
+        parser.error(f"--out {args.out} is in --data {args.data}: its figures would become images")
     if len(args.list) > 2:
         parser.error("--list takes one file for training and one for validation")
     if args.prior != "power_law" and args.exponent is not None:
@@ -828,14 +867,14 @@ def main(argv=None):
     device = start_processes()
     cuda = device.type == "cuda"
     lock = open_folder(args) if rank() == 0 else None
-    if args.quick:
-        draw_quick_images(args)
     try:
+        if args.quick:
+            draw_quick_images(args)
         training, validation = read_data(args)
         paths, labels = training
         prior = PRIORS[args.prior](labels, args)
         batches, set_epoch = make_batches(labels, args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"{error} (--data {args.data})")
     crop, color_options = view_options(args)
     loader = DataLoader(Images(paths, crop), batch_sampler=batches, num_workers=args.workers,
@@ -852,6 +891,7 @@ def main(argv=None):
     settings["processes"] = world_size()
     if rank() == 0:
         settings["images"] = fingerprint(paths, labels, args.data)
+        settings["validation"] = validation and fingerprint(*validation, args.data)
     history, mean_prediction = resume(model, optimizer, settings, args)
     if args.checkpoint_activations:
         # Keep only the input of each block, and compute the rest again in the backward pass.
@@ -896,4 +936,11 @@ if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         # Some terminals only take ASCII, and the name of a file may not be UTF-8.
         sys.stdout.reconfigure(errors="backslashreplace")
-    main()
+    try:
+        main()
+    except RuntimeError:
+        if rank() > 0:
+            # Perhaps the first process has ended with a message, so that nobody answers this one.
+            # Then torchrun has five seconds to end it, before it prints what happened to it.
+            time.sleep(5)
+        raise

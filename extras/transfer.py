@@ -43,7 +43,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 import train_inat
-from train_inat import number, rank, world_size, write_figure, write_whole
+from train_inat import load_file, number, rank, world_size, write_figure, write_whole
 
 from matplotlib.figure import Figure  # after train_inat, which makes it work in notebooks too
 
@@ -129,7 +129,7 @@ TASKS = {
 # ---- Encoders and their features -----------------------------------------------------------------
 def load_encoder(path):
     """A vision transformer with the weights of a file. Its shape follows from the weights."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_file(path)
     for key in ("target_encoder", "model", "state_dict"):  # of checkpoints of MSN, ours, and others
         state = state.get(key, state)
     # These prefixes come from DistributedDataParallel, from torch.compile, and from pmsn.PMSN.
@@ -177,7 +177,25 @@ def compute(encoder, dataset, path, args, title):
     watch = partial(progress, title=title) if rank() == 0 else iter
     found = train_inat.extract(encoder, dataset, args.workers, watch)
     if rank() == 0:
+        if not found[0].isfinite().all():
+            train_inat.fail(f"{title}: there are features that are not finite", "transfer.py")
         write_whole(path, lambda temporary: torch.save(found, temporary))
+
+def is_whole(path):
+    """Whether there is such a file of features. A damaged one is computed again."""
+    try:
+        load_file(path)
+    except Exception:  # A damaged file leads to many kinds of errors.
+        return False
+    return True
+
+def load_features(path, num_images, device):
+    """Features (n, d) of the readable images, and the indices (n,) of these images."""
+    features, indices = load_file(path)
+    if len(indices) < num_images:
+        print(f"{num_images - len(indices)} of {num_images} images could not be read. Delete "
+              f"{path} to try again")
+    return features.to(device), indices.to(device)
 
 def progress(loader, title):
     """The batches of the loader. Prints how many are done, and the time that is left."""
@@ -352,7 +370,7 @@ def main(argv=None):
                 start = args.out / f"{data.name}_{split}"
                 dataset, path = prepare(encoder, images, task, weights.copy(), start)
                 files[name, encoder_name, split] = path
-                if not path.exists():
+                if not is_whole(path):
                     missing[path] = encoder, dataset, f"{name}, {encoder_name}, {split} images"
     for path, (encoder, dataset, title) in missing.items():
         compute(encoder.to(device), dataset, path, args, title)
@@ -366,8 +384,8 @@ def main(argv=None):
         answers = {}
         for encoder_name in encoders:
             (features, indices), (test_features, test_indices) = [
-                torch.load(files[name, encoder_name, split], map_location=device, weights_only=True)
-                for split in ("training", "test")]
+                load_features(files[name, encoder_name, split], num_images, device)
+                for split, num_images in (("training", len(labels)), ("test", len(test_labels)))]
             found, penalty = predict(features, labels.to(device)[indices], test_features, args)
             print(f"{name}, {encoder_name}: the linear probe has the penalty {penalty:g}")
             for classifier, predicted in found.items():

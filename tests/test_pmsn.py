@@ -86,6 +86,7 @@ def test_a_rounded_prior_is_still_a_prior(num_prototypes, exponent, dtype):
 @pytest.mark.parametrize("options", [
     {},
     {"temperature": 0.3, "sharpening": 1.0, "prior_weight": 0.0},
+    {"temperature": 0.02},  # Some prototypes have shares below 1e-9.
     {"temperature": 0.5, "prior_weight": 2.5, "sinkhorn_iterations": 2},
     {"temperature": 0.5, "sharpening": 0.5, "relative_sharpening": True},
     {"sharpening": 0.4, "relative_sharpening": True, "sinkhorn_iterations": 3}])
@@ -256,6 +257,8 @@ def test_defaults_and_initialization_are_the_ones_of_msn():
     assert model.prototypes.shape == (1024, 256) and model.prototypes.abs().max() <= 1 / 16
     assert model.prototypes.std().item() == pytest.approx(1 / math.sqrt(3 * 256), rel=0.02)
     assert model.patch_drop == 0.15 and torch.equal(model.state_dict()["prior"], prior)
+    prior.zero_()
+    assert model.prior.sum().item() == pytest.approx(1)  # It is a copy.
 
 def test_target_is_the_exact_moving_average_of_the_parameters():
     """target <- m * target + (1 - m) * anchor, from a copy. Nothing in BatchNorm moves with it."""
@@ -470,6 +473,7 @@ def test_epochs_are_random_and_follow_from_the_seed():
         together.add(frozenset(i for i in batch if labels[i] == 0))
     assert len(pairs) == 66 and len(together - {frozenset()}) == 10 * 6
     assert epochs[3] == epoch_of(pmsn.ClassBatchSampler(labels, 24, 3, seed=1), 3)
+    assert epochs[1] != epoch_of(pmsn.ClassBatchSampler(labels, 24, 3, seed=2), 0)
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 def overlapping_classes():
@@ -586,17 +590,25 @@ def test_the_probe_does_not_depend_on_where_it_is_called():
     scale = torch.logspace(-6, 6, 32)
     moved, test_moved = (F.pad(scale * (10 + x), (0, 1), value=10.1) for x in (x, test_x))
     moved, test_moved = F.pad(moved, (0, 1)), F.pad(test_moved, (0, 1), value=3.0)
+    # Classes may have any numbers, and a feature may vary by a hundred-thousandth.
+    names = torch.tensor([5, 7, 10**12, 10**12 + 1])
+    assert torch.equal(pmsn.linear_probe(x, names[labels], test_x), names[expected])
+    small = [1 + 1e-4 * z[:, :1] / x.abs().amax() for z in (x, test_x)]
+    alone = [z[:, :1].contiguous() for z in (x, test_x)]
+    found, right = (pmsn.linear_probe(*pair[:1], labels, pair[1]) for pair in (small, alone))
+    assert (found == right).double().mean() > 0.9
     assert (pmsn.linear_probe(moved, labels, test_moved) == expected).double().mean() > 0.99
 
 # ---- Other losses --------------------------------------------------------------------------------
-def test_simclr_is_the_cross_entropy_of_finding_the_other_view():
+@pytest.mark.parametrize("temperature", [0.2, 0.002])
+def test_simclr_is_the_cross_entropy_of_finding_the_other_view(temperature):
     """Chen et al. 2020, equation 1, over all 2B views. A view cannot choose itself."""
     first, second, _ = random_inputs(views=1)
     z = torch.cat([first, second])
     z = z / z.square().sum(dim=1, keepdim=True).sqrt()
     other = (torch.arange(8) + 4) % 8
-    scores = (z @ z.T / 0.2).fill_diagonal_(-math.inf)
-    loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
+    scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    loss, terms = pmsn.simclr_loss(first, second, temperature)
     close(loss, F.cross_entropy(scores, other), 1e-9)
     close(terms["alignment"], -scores[range(8), other].mean(), 1e-9)
     close(terms["alignment"] + terms["uniformity"], loss, 1e-9)
@@ -656,12 +668,15 @@ NO_PRIORS = [[0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]), *map(torch.tensor, [  #
 NO_BATCHES = [
     ([50] * 12, 25, 3, 0, 1), ([50] * 12, 24, 3, 0, 5),  # no multiple of k, or of the processes
     ([50] * 12, 26, 13), ([20, 20, 20, 3], 12, 3),  # 13 classes of 12; a class without a part
-    ([60, 20, 20], 30, 3)]  # Class 0 has more parts than there are batches.
+    ([60, 20, 20], 30, 3),  # Class 0 has more parts than there are batches.
+    ([50] * 12, 24, 3, 2, 2), ([50] * 12, 24, 3, -1, 2), ([50] * 12, 24, 3, 0, 0),
+    ([50] * 12, 24, 0)]
 NO_EMBEDDINGS = [  # anchors, targets, prototypes, prior
     [(3, 4, 6), (4, 6), (5, 6), (5,)], [(12, 6), (4, 5, 6), (5, 6), (5,)],  # stacked, tokens
     [(12, 6), (4, 6), (5, 1, 6), (5,)], [(12,), (4,), (5,), (5,)],
     [(12, 6), (4, 7), (5, 6), (5,)], [(12, 6), (4, 6), (5, 1), (5,)],  # another dimension
     [(12, 6), (5, 6), (5, 6), (5,)], [(12, 6), (0, 6), (5, 6), (5,)],  # 12 anchors of 5 images
+    [(0, 6), (4, 6), (5, 6), (5,)],
     [(12, 6), (4, 6), (5, 6), (4,)], [(12, 6), (4, 6), (5, 6), (1,)]]  # another K
 NO_VIEWS = [[(4, 6), (3, 6)], [(4, 6), (1, 6)], [(4, 6), (4, 1)], [(6,), (6,)],
             [(4, 2, 6), (4, 2, 6)], [(0, 6), (0, 6)]]
@@ -701,7 +716,7 @@ def swav_with(**options):
     (lambda x: swav_with(temperature=x), [0, -1, math.nan], "temperature"),
     (lambda x: swav_with(epsilon=x), [0, -1, math.nan], "temperature"),
     (lambda x: swav_with(sinkhorn_iterations=x), [0, -1], "one Sinkhorn iteration"),
-    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(x)), [(3, 5), (6,), (3, 1)],
+    (lambda x: two_views(pmsn.swav_loss, prototypes=torch.ones(x)), [(3, 5), (6,), (3, 1), (0, 6)],
      "prototypes"),
     *[(lambda x, loss=loss: loss(*ones(x)), NO_VIEWS, "two views must")
       for loss in (pmsn.simclr_loss, pmsn.vicreg_loss)],
@@ -719,7 +734,10 @@ def swav_with(**options):
     (lambda x: pmsn.sharpen(torch.zeros(2, 3), x), [0.0, -1.0, 1.5, math.nan], "sharpening"),
     (lambda x: small_vit()(torch.zeros(1, 3, *x)), [(30, 32), (32, 20), (4, 4)], "image sides"),
     (lambda x: pmsn.augment_colors(torch.full((2, 3, 4, 4), x)), [-0.1, 1.1], "must lie in"),
-    (lambda x: pmsn.long_tail_indices(x, torch.ones(3) / 3), [torch.tensor([0, 1, 0])], "each of"),
+    (lambda x: pmsn.long_tail_indices(torch.tensor(x), torch.ones(3) / 3),
+     [[0, 1, 0], [0, 1, 2, 3]], "each of"),
+    (lambda x: pmsn.long_tail_indices(torch.arange(3), x), NO_PRIORS, "prior"),
+    (lambda x: pmsn.logistic_regression(*x[:2], 1.0), BAD_FEATURES[:5], "labels|features"),
     (lambda x: pmsn.ClassBatchSampler(labels_of(x[0]), *x[1:]), NO_BATCHES, "classes")])
 def test_wrong_arguments_are_refused(function, arguments, message):
     for wrong in arguments:

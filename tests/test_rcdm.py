@@ -90,7 +90,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
     fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
-             "train_unet": lambda *args, **options: (SimpleNamespace(state_dict=dict), float("nan")),
+             "train_unet": lambda *args, name: (SimpleNamespace(state_dict=dict), float("nan")),
              "project": lambda model, x: model.prototypes[x[:, 0, 0, 0].long()] / 2,
              "draw": draw, "classify": classify}
     for name, fake in fakes.items():

@@ -132,7 +132,7 @@ def test_folders_json_and_lists_give_the_same_images(year, data, tmp_path):
 @pytest.mark.parametrize("names, validation", [
     (["Train", "Val"], "Val"), (["training", "validation"], "validation"),
     (["train", "VALID"], "VALID"), (["train", "test"], None), (["train"], None),
-    (["train", "val", "test"], "val")])
+    (["train", "val", "test"], "val"), (["train", "val", "plots"], "val")])
 def test_folders_of_other_names_are_validation_or_named(names, validation, tmp_path, capsys):
     for name in names:
         pixels = Image.new("RGB", (8, 8))
@@ -141,7 +141,18 @@ def test_folders_of_other_names_are_validation_or_named(names, validation, tmp_p
     (paths, _), found = train_inat.find_images(tmp_path)
     assert paths == [str(tmp_path / names[0] / "cat" / "1.jpg")]
     assert (found and found[0]) == (validation and [str(tmp_path / validation / "cat" / "1.jpg")])
-    assert ("test is not used" in capsys.readouterr().out) == ("test" in names)
+    unused = {*names} & {"test", "plots"}
+    text = capsys.readouterr().out
+    assert f"not used: {unused.pop()}. Only train" in text if unused else "not used" not in text
+
+def test_train_can_be_the_name_of_a_class(tmp_path):
+    """As in CIFAR-100: it has images and no folders, and there are other classes."""
+    for name in ("bus", "train", "test"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.jpg")
+    (paths, labels), validation = train_inat.find_images(tmp_path)
+    assert [Path(path).parent.name for path in paths] == ["bus", "test", "train"]
+    assert labels.tolist() == [0, 1, 2] and validation is None
 
 def test_only_files_in_visible_folders_are_images(tmp_path):
     """Hidden files and folders, text, named pipes, and links to a folder above are none.
@@ -161,10 +172,14 @@ def test_only_files_in_visible_folders_are_images(tmp_path):
     (folder / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (folder / "b" / "self.jpg").symlink_to(folder / "b" / "self.jpg")
     (folder / "b" / "self").symlink_to(folder / "b" / "self")
+    (folder / "c2.png").mkdir()
+    (folder / "c2.png" / "set.png").mkdir()
+    (folder / "c2.png" / "set.png" / "6.png").touch()
     (paths, labels), _ = train_inat.find_images(folder)
     names = [str(Path(path).relative_to(folder)) for path in paths]
-    assert names == ["a/deep/1.jpg", "b/4.JPEG", "b/gone.jpg", "b/self.jpg", "c/5.png"]
-    assert labels.tolist() == [0, 1, 1, 1, 2]
+    assert names == ["a/deep/1.jpg", "b/4.JPEG", "b/gone.jpg", "b/self.jpg", "c/5.png",
+                     "c2.png/set.png/6.png"]
+    assert labels.tolist() == [0, 1, 1, 1, 2, 3]
     for name in ("b/self.jpg", "b/gone.jpg", "a/pipe.jpg"):
         with pytest.raises(OSError, match="no such file"):
             train_inat.decode(str(folder / name))
@@ -186,6 +201,15 @@ def test_json_of_another_kind_is_named(content, tmp_path):
     (tmp_path / "train2019.json").write_text(json.dumps(content)[:-1] + "{")
     with pytest.raises(ValueError, match="train2019.json"):  # half a file
         train_inat.find_images(tmp_path)
+
+def test_lists_may_come_from_any_editor(tmp_path):
+    """With a mark at the beginning, Windows line ends, blank last lines, names of any bytes."""
+    (tmp_path / "list.txt").write_bytes(
+        b"\xef\xbb\xbfa b.jpg 0\r\ncaf\xe9.jpg\t7\r\n\x0c\xc2\x85.jpg 7\r\n\r\n")
+    (paths, labels), _ = train_inat.find_images(tmp_path, [tmp_path / "list.txt"])
+    names = [os.fsencode(path).removeprefix(os.fsencode(tmp_path) + b"/") for path in paths]
+    assert names == [b"a b.jpg", b"caf\xe9.jpg", b"\x0c\xc2\x85.jpg"]
+    assert labels.tolist() == [0, 1, 1]
 
 @pytest.mark.parametrize("text", [
     "", "a.jpg\n", "a.jpg cat\n", "a.jpg 1\n\nb.jpg 2\n", "a.jpg -1\n"])
@@ -224,7 +248,7 @@ def test_all_images_have_three_channels(mode, name, tmp_path):
     assert pixels.shape == (3, 8, 16) and pixels.dtype == torch.uint8
     assert pixels[0, :, :7].float().mean() > pixels[0, :, 9:].float().mean() + 50
 
-@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
 def test_sixteen_bits_keep_their_gray_levels(ending, tmp_path):
     levels = np.tile(np.arange(256) * 257, (8, 1)).astype(np.uint16)  # 0 .. 65535
     Image.fromarray(levels).save(tmp_path / f"ramp.{ending}")
@@ -350,7 +374,7 @@ def train_in_float64(out, data, monkeypatch, *argv):
     return models[0], steps
 
 def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentum=0.996, **options):
-    """MSN's recipe, without a function of train_inat. Trains the model."""
+    """MSN's recipe, without a function of train_inat. Trains the model, returns its predictions."""
     cosine = lambda start, end, share: end + (start - end) * (1 + math.cos(math.pi * share)) / 2
     network = nn.ModuleList([model.encoder, model.head])
     target = nn.ModuleList([model.target_encoder, model.target_head])
@@ -358,6 +382,7 @@ def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentu
         {"params": [p for p in network.parameters() if p.ndim > 1]},
         {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0.0},
         {"params": [model.prototypes], "weight_decay": 0.0}])
+    predictions = []
     for t, (crops, _, random_state) in enumerate(steps, start=1):
         # The warm-up is the first step.
         lr = cosine(peak_lr, peak_lr / 1000, (t - 1) / (1.25 * STEPS - 1))
@@ -370,13 +395,16 @@ def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentu
         anchors = [model.head(model.encoder(views[1], patch_drop=patch_drop))]
         anchors += [model.head(model.encoder(view)) for view in views[2:]]
         targets = model.target_head(model.target_encoder(views[0]))
-        loss, _ = pmsn.pmsn_loss(torch.cat(anchors), targets, model.prototypes, prior, **options)
+        loss, terms = pmsn.pmsn_loss(torch.cat(anchors), targets, model.prototypes, prior,
+                                     **options)
+        predictions.append(terms["mean_prediction"])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 3.0)
         optimizer.step()
         for slow, fast in zip(target.parameters(), network.parameters()):
             slow.data = momentum * slow.data + (1 - momentum) * fast.data
+    return predictions
 
 ALL_OPTIONS = [
     "--prior", "classes", "--patch_drop", "0.5", "--sinkhorn_iterations", "2",
@@ -400,10 +428,15 @@ def test_twenty_steps_equal_a_plain_loop(argv, prior, options, data, tmp_path, m
     epochs = [sum((index for _, index, _ in steps[i : i + 5]), []) for i in range(0, STEPS, 5)]
     assert all(sorted(epoch) == [*range(50)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+    seed = 3 if argv else 0
+    first = torch.randperm(50, generator=torch.Generator().manual_seed(1_000_003 * seed + 1))
+    assert epochs[0] == first.tolist()  # the order of DistributedSampler in epoch 1
     before = copy.deepcopy(model.target_encoder.cls_token)
     prior = torch.tensor(prior, dtype=torch.float64)
-    plain_loop(model, steps, (prior / prior.sum()).float(), **options)
+    predictions = plain_loop(model, steps, (prior / prior.sum()).float(), **options)
     found = checkpoint(tmp_path / "out")["model"]
+    usage = torch.stack(predictions[-5:]).mean(dim=0)  # of the last epoch
+    torch.testing.assert_close(checkpoint(tmp_path / "out")["usage"], usage)
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(found[name], expected, atol=1e-8, rtol=1e-8)
     assert (found["target_encoder.cls_token"] - before).abs().max() > 1e-5
@@ -726,15 +759,35 @@ def test_other_data_of_the_same_size_is_refused(change, data, undisturbed, tmp_p
         shutil.copy(data / "train/class0/003.jpg", other / "train/class1/003.jpg")
     else:
         (other / "train/class0/023.jpg").rename(other / "train/class1/012.jpg")
-    assert "has other settings (images)" in run(out, "--data", other, status=2)
+    assert "has other settings (images" in run(out, "--data", other, status=2)
+
+def test_other_labels_of_a_list_and_other_validation_images_are_other_data(data, tmp_path):
+    names = sorted((data / "train").rglob("*.jpg"))
+    lists = [tmp_path / "train.txt", tmp_path / "val.txt"]
+    options = ["--data", data, "--list", *lists, "--epochs", 1, "--long_tail", 0.5]
+
+    def write(file, labels):
+        file.write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
+    for file in lists:
+        write(file, [i % 2 for i in range(50)])
+    text = run(tmp_path / "out", *options)
+    assert "43 images, 2 classes" in text  # 25 images, and 25 / 2^.5 = 17.7
+    write(lists[1], [i % 3 > 0 for i in map(int, range(50))])
+    lists[1].write_text(lists[1].read_text().replace("True", "1").replace("False", "0"))
+    assert "has other settings (validation)" in run(tmp_path / "out", *options, status=2)
+    write(lists[1], [i % 2 for i in range(50)])
+    write(lists[0], [i // 2 % 2 for i in range(50)])
+    assert "has other settings (images)" in run(tmp_path / "out", *options, status=2)
 
 def test_a_damaged_checkpoint_is_refused(data, undisturbed, tmp_path):
-    """Half a file, and a single bit in the middle of the weights, which torch.load would take."""
+    """Half a file, a single bit of the weights, and a bit that makes a folder of a part of the
+    file. torch.load would take the last two."""
     out = shutil.copytree(undisturbed, tmp_path / "out")
     content = (out / "checkpoint.pt").read_bytes()
-    flipped = bytearray(content)
+    flipped, folder = bytearray(content), bytearray(content)
     flipped[len(content) // 2] ^= 1
-    for damaged in (content[:5000], flipped):
+    folder[content.rindex(b"PK\x01\x02") + 38] ^= 0x10
+    for damaged in (content[:5000], flipped, folder):
         (out / "checkpoint.pt").write_bytes(damaged)
         text = run(out, "--data", data, status=2)
         assert "checkpoint.pt. If it is damaged, delete it" in text.splitlines()[-1]
@@ -791,7 +844,12 @@ def test_a_file_system_without_locks_gets_a_warning(data, tmp_path):
     (["--lr", "nan"], "argument --lr: must be from 0 to 1000000000, got nan"),
     (["--lr", "inf"], "argument --lr: must be from 0 to 1000000000, got inf"),
     (["--seed", "-1"], "argument --seed: must be from 0 to 4294967295, got -1"),
-    (["--out", ""], "--out is empty"),
+    (["--out", ""], "argument --out: is empty"),
+    (["--data", ""], "argument --data: is empty"),
+    (["--out", "."], "--out must be a folder of its own"),
+    (["--data", ".", "--out", "runs/x"], "--out runs/x is in --data .: its figures would become"),
+    (["--epochs", "1000000000"], "argument --epochs: must be from 1 to 10000, got 1000000000"),
+    (["--list", "PIPES"], "no training image can be read, for example"),
     (["--out", "/proc/x"], "cannot write to --out /proc/x: No such file or directory"),
     (["--quick", "--out", "FOREIGN"], "is not from --quick"),
 ])
@@ -800,6 +858,8 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
                  "TWO_TRAINS/train/a", "TWO_TRAINS/training/a", "UNREADABLE/train/a"):
         shutil.copytree(data / "train/class0", tmp_path / name)
     (tmp_path / "EMPTY" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "PIPES").write_text(f"{tmp_path}/pipe.jpg 0\n\0.jpg 1\n")
     for name in ("UNREADABLE/val/a/1.jpg", "TWO_YEARS/train2018.json", "TWO_YEARS/train2019.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("no image")
