@@ -672,7 +672,8 @@ def resume(model, optimizer, settings, args):
     say(f"{args.out} continues after epoch {history[-1]['epoch']}")
     if rank() == 0:
         # A kill may have come between the checkpoint and these files, or somebody deleted one.
-        save_outputs(model, history, mean_prediction, args.out)
+        save_outputs(model, history, args.out)
+        draw_figures(model, history, mean_prediction, args.out)
     return history, mean_prediction
 
 
@@ -688,23 +689,26 @@ def write_whole(path, write):
 
 
 def save(model, optimizer, history, mean_prediction, settings, out):
-    """Write all files of a run, on the first process. The checkpoint is the first of them."""
+    """Write the files of a run, on the first process. The checkpoint is the first of them."""
     if rank() > 0 or history[-1]["epoch"] == 0:
         return
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "history": history, "usage": mean_prediction, "settings": settings}
     write_whole(out / "checkpoint.pt", lambda path: torch.save(state, path))
-    save_outputs(model, history, mean_prediction, out)
+    save_outputs(model, history, out)
 
 
-def save_outputs(model, history, mean_prediction, out):
-    """Write encoder.pt, metrics.jsonl and the figures."""
+def save_outputs(model, history, out):
     encoder = {name: weight.cpu() for name, weight in model.target_encoder.state_dict().items()}
     write_whole(out / "encoder.pt", lambda path: torch.save(encoder, path))
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_whole(out / "metrics.jsonl", lambda path: path.write_text(lines))
-    write_figure(out / "training.png", plot_history, history)
-    write_figure(out / "prototypes.png", plot_prototypes, mean_prediction, model.prior.cpu())
+
+
+def draw_figures(model, history, mean_prediction, out):
+    if rank() == 0:
+        write_figure(out / "training.png", plot_history, history)
+        write_figure(out / "prototypes.png", plot_prototypes, mean_prediction, model.prior.cpu())
 
 
 def write_figure(path, plot, *content):
@@ -821,7 +825,7 @@ def parse(argv):
     if args.quick:
         args.data = args.out / "quick_images"
         vars(args).update(model="vit_micro", image_size=32, focal_size=16, patch_size=4, workers=1,
-                          focal_views=2, prototypes=16, batch_size=64, epochs=4, eval_every=2,
+                          focal_views=2, prototypes=16, batch_size=64, epochs=2, eval_every=2,
                           prior="power_law", list=[])
         if world_size() > 1:
             parser.error("--quick is for one process")
@@ -925,6 +929,7 @@ def main(argv=None):
         save(model, optimizer, history, mean_prediction, settings, args.out)
         if evaluate_if_due(model.target_encoder, history, training, validation, args):
             save(model, optimizer, history, mean_prediction, settings, args.out)
+        draw_figures(model, history, mean_prediction, args.out)
     say(f"{args.out}: checkpoint.pt encoder.pt metrics.jsonl training.png prototypes.png")
     if world_size() > 1:
         dist.destroy_process_group()

@@ -69,6 +69,7 @@ def forked_training(command, out, kill=False):
     return log.read_text()
 
 # ---- The check of a new machine ------------------------------------------------------------------
+@pytest.mark.slow
 def test_all_checks_hold_on_a_cpu_and_each_prints_one_line(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "run_training", forked_training)
     monkeypatch.setitem(benchmark.SMALL, "vit", (96, 1, 3))  # Compiling takes a second per block.
@@ -84,6 +85,7 @@ def test_all_checks_hold_on_a_cpu_and_each_prints_one_line(monkeypatch, capsys):
         assert 1e-3 < float(rows[name][0]) < float(rows[name][1])
     assert not dist.is_initialized()
 
+@pytest.mark.slow
 def test_a_failed_check_and_an_error_do_not_stop_the_others(monkeypatch, capsys):
     def other_blur(images, sigma, calls=[]):
         calls.append(0)
@@ -225,6 +227,7 @@ def test_activations_are_those_of_a_formula(counts):
     rest = pixels + order + TRAINED * floats + 11 * head + 4 * 1024
     assert counts["plain"]["activations"] == DEPTH * TRAINED * block + rest
 
+@pytest.mark.slow
 def test_counting_without_numbers_is_counting_with_numbers():
     """The same network on real tensors. Linear in the images: 6 are as far from 4 as 4 from 2."""
     vit = (48, 1, 3)

@@ -75,6 +75,7 @@ def test_agreement_against_numpy():
     found = mnist_corner.agreement(torch.tensor(features), torch.tensor(labels))
     assert abs(found - expected) < 1e-6
 
+@pytest.mark.slow
 def test_all_priors_get_the_same_weights_and_views_and_no_label_trains(monkeypatch):
     steps = spy(monkeypatch)
     run(1.0), run(0.0)
@@ -89,6 +90,7 @@ def test_all_priors_get_the_same_weights_and_views_and_no_label_trains(monkeypat
         assert torch.equal(power_law[step][1], uniform[step][1])
         assert torch.equal(uniform[step][0], other_labels[step][0])
 
+@pytest.mark.slow
 def test_starts_see_one_window_each_and_the_lowest_loss_goes_on(monkeypatch):
     widen = Mock(wraps=mnist_corner.widen)
     monkeypatch.setattr(mnist_corner, "widen", widen)
@@ -122,6 +124,7 @@ def test_a_widened_model_reads_its_window_and_can_learn_the_rest(window):
     model.encoder(whole).sum().backward()
     assert model.encoder[-1].weight.grad.ne(0).all()
 
+@pytest.mark.slow
 def test_overclustering_trains_too_and_is_not_in_the_loss(monkeypatch):
     steps = spy(monkeypatch, losses=[1.0, 100.0] * 9)
     record = run(1.0, overcluster=30)
@@ -144,6 +147,7 @@ def test_the_figure_says_which_exponents_prefer_the_digit(tmp_path, monkeypatch)
     text = suptitle.call_args.args[0]
     assert "exponents 0.5, 1\n" in text and "n = 4" in text
 
+@pytest.mark.slow
 def test_a_loss_that_no_start_has_is_left_out_everywhere(tmp_path, monkeypatch):
     """One start on whole images encodes the digit or the background, but not both."""
     record = run(0.0, starts=0)
@@ -195,6 +199,7 @@ def test_cifar_as_torchvision_gives_it(monkeypatch):
         expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
         np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
 
+@pytest.mark.slow
 def test_quick_run_finds_the_digit_and_has_the_bits_of_one_process(tmp_path):
     options = "--quick --deform 0.1 --out".split()
     command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
@@ -216,6 +221,7 @@ def test_quick_run_finds_the_digit_and_has_the_bits_of_one_process(tmp_path):
     assert (tmp_path / "model_1_0.pt").exists() and (tmp_path / "model_0_0.pt").exists()
     assert min(Image.open(tmp_path / "neighbors.png").size) > 300
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
@@ -240,6 +246,7 @@ def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
             pytest.fail(f"{len(left)} processes go on")
         time.sleep(0.1)
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST and CIFAR-10 are not in ../shared/data")
 def test_real_images_end_to_end():
     for images, labels in mnist_corner.load_digits("MNIST", str(SHARED)):

@@ -16,6 +16,8 @@ import pmsn
 import train_inat
 from test_pmsn import close
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZE, BATCH = 2, 4  # BATCH counts the images of both processes.
 OPTIONS = {"temperature": 0.2, "sinkhorn_iterations": 2, "prior_weight": 3.0}
 PRIOR = torch.tensor([0.55, 0.2, 0.12, 0.08, 0.05], dtype=torch.float64)

@@ -152,6 +152,7 @@ def test_summary_by_hand():
     assert "difference" not in imbalance.summarize(scores, untrained=48.0)
 
 # ---- Whole runs ----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_quick_run_writes_everything(tmp_path):
     imbalance.main(["--quick", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "imbalance.png"}

@@ -53,6 +53,7 @@ def test_vicreg_prefers_equal_sizes_at_the_corners_of_a_simplex_only(sizes):
     at_corners = toy_kmeans.volume_terms(torch.tensor(sizes), prior)["VICReg"]
     assert at_corners > (5 if max(sizes) > 50 else 0)
 
+@pytest.mark.slow
 def test_quick_run_finds_groups_with_the_matched_prior_that_kmeans_cuts(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     toy_kmeans.main(["--quick", "--seed", "1000", "--imbalance", "5", "--out", str(out)])

@@ -49,6 +49,7 @@ def test_loss_against_numpy():
     # The time is logit-normal: 68% within one sigma.
     assert np.mean(abs(np.log(t / (1 - t))) < 1) == pytest.approx(0.683, abs=0.03)
 
+@pytest.mark.slow
 def test_a_model_trained_on_two_projections_draws_the_right_image():
     torch.manual_seed(0)
     images = torch.full((2, 1, 32, 32), -0.8)
@@ -108,6 +109,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     assert (np.diff(pictures["shares"]) < 0).all()
     assert (pictures["prototypes"] == np.arange(9, -1, -1).reshape(10, 1, 1, 1, 1)).all()
 
+@pytest.mark.slow
 def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     folder = tmp_path / "quick_models"
     main = Mock(side_effect=lambda arguments: shutil.copytree(models, folder))
@@ -130,6 +132,7 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     for name in ("rcdm.png", "rcdm_images.png"):
         assert min(Image.open(tmp_path / name).size) > 300
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, content", [
     ("model_0_0.pt", "half"), *[("results.json", text) for text in ("half", "{}", "[]")]])
 def test_damaged_models_are_one_clear_line(file, content, models, tmp_path, capsys):

@@ -78,6 +78,7 @@ def test_pmsn_needs_torch_and_torchvision_only():
     imported = {*re.findall(r"^ *(?:from|import) (\w+)", source, re.M)}
     assert imported - sys.stdlib_module_names == {"torch", "torchvision"}
 
+@pytest.mark.slow
 def test_help_works_from_any_folder_without_data(tmp_path):
     """Also from a notebook whose backend is not installed, and in a terminal that takes ASCII."""
     code = """if True:
@@ -148,6 +149,7 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
     _, line = capsys.readouterr().err.split("error: ", 1)
     assert message in line and line.count("\n") == 1
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, file, fakes", [
     (toy_kmeans, "results.json", {
         "sweep": lambda *_: print("0 ± 0") or ({}, {}),

@@ -48,9 +48,14 @@ def draw(folder, counts, held_out=2):
 def data(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("data"), COUNTS)
 
-def start(out, *argv, rank=0, world_size=1, port=0, before=lambda: None):
-    """train_inat.main in a process of its own. `before` is called in it first."""
+def start(out, *argv, rank=0, world_size=1, port=0, before=lambda: None, figures=False):
+    """train_inat.main in a process of its own. `before` is called in it first.
+
+    Figures take longer than the training, so most runs have none.
+    """
     def child():
+        if not figures:
+            train_inat.draw_figures = lambda *_: None
         sys.stdout = sys.stderr = open(f"{out}.log{rank}", "w", buffering=1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -94,7 +99,7 @@ def wait_for(condition, seconds=60):
 def undisturbed(data, tmp_path_factory):
     """A run of 3 epochs that nobody stopped."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(out, "--data", data)
+    run(out, "--data", data, figures=True)
     return out
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -368,6 +373,7 @@ def train_in_float64(out, data, monkeypatch, *argv):
     monkeypatch.setattr(train_inat, "make_model", double_model)
     monkeypatch.setattr(pmsn, "make_views", recorded_views)
     monkeypatch.setattr(train_inat.Images, "__getitem__", recorded_item)
+    monkeypatch.setattr(train_inat, "draw_figures", lambda *_: None)
     train_inat.main([*SMALL, "--data", str(data / "train"), "--out", str(out), "--epochs", "4",
                      *argv])
     monkeypatch.undo()
@@ -444,6 +450,7 @@ def test_twenty_steps_equal_a_plain_loop(argv, prior, options, data, tmp_path, m
 def test_the_target_encoder_is_evaluated(data, tmp_path, monkeypatch):
     """Its weights of that moment. Between two evaluations, both networks have moved."""
     seen = []
+    monkeypatch.setattr(train_inat, "draw_figures", lambda *_: None)
     monkeypatch.setattr(train_inat, "evaluate", lambda encoder, *_: seen.append(
         copy.deepcopy(encoder.state_dict())) or {"knn_all": 0.5, "linear_all": 0.5})
     train_inat.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "2",
@@ -455,6 +462,7 @@ def test_the_target_encoder_is_evaluated(data, tmp_path, monkeypatch):
         assert not torch.equal(weight, model[f"encoder.{name}"])
     assert not torch.equal(seen[0]["cls_token"], seen[1]["cls_token"])
 
+@pytest.mark.slow
 def test_two_processes_have_other_images_and_random_numbers_and_log_the_mean(data, tmp_path):
     def record():
         seen, plain_views, plain_loss = [], pmsn.make_views, pmsn.pmsn_loss
@@ -517,6 +525,7 @@ def break_save_of_epoch_2(how):
             os.kill(os.getpid(), signal.SIGKILL)
     torch.save = save
 
+@pytest.mark.slow
 def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_path):
     """Kills during the two saves, a full disk, two kills at random moments. The last start runs to
     the end. Epoch 1 has checkpointed activations: they change no bit, and the flag may change."""
@@ -545,6 +554,7 @@ def test_killed_at_any_moment_ends_with_the_same_bits(data, undisturbed, tmp_pat
     assert_same_run(undisturbed, out)
     assert_same_run(undisturbed, tmp_path / "again")
 
+@pytest.mark.slow
 def test_a_failed_evaluation_loses_nothing_and_is_repeated(data, undisturbed, tmp_path):
     """The evaluation of the last epoch runs out of memory. The next start evaluates that epoch."""
     def break_evaluation(calls=iter(range(9)), plain=train_inat.evaluate):
@@ -569,12 +579,12 @@ def test_files_that_are_gone_come_back_from_the_checkpoint(data, undisturbed, tm
     out = shutil.copytree(undisturbed, tmp_path / "out")
     for name in ("encoder.pt", "metrics.jsonl", "training.png"):
         (out / name).unlink()
-    text = run(out, "--data", data, before=break_figures)
+    text = run(out, "--data", data, before=break_figures, figures=True)
     assert "warning: cannot draw training.png: Failed to process string with tex\n" in text
     assert "disk" not in text and not (out / "training.png").exists()
     assert metrics(out) == metrics(undisturbed)
     assert (out / "encoder.pt").read_bytes() == (undisturbed / "encoder.pt").read_bytes()
-    run(out, "--data", data)
+    run(out, "--data", data, figures=True)
     assert min(Image.open(out / "training.png").size) > 300
 
 def torchrun(out, processes, *argv):
@@ -590,6 +600,7 @@ def torchrun(out, processes, *argv):
 def children(pid):
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
 def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
     """DDP changes the order of its sums after a first step. With 3 processes it would show."""
@@ -607,6 +618,7 @@ def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
     assert process.returncode == 0 and output.count("50 images") == 2
     assert_same_run(one, two)
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
 def test_processes_end_with_torchrun_and_free_the_folder(data, tmp_path):
     """After kill -9 of torchrun they would train on, or wait for each other with the lock."""
@@ -634,6 +646,7 @@ def is_running(pid):
     except OSError:
         return False
 
+@pytest.mark.slow
 def test_a_mistake_is_reported_once_by_torchrun(data, tmp_path):
     """Not by each of the processes. --max-restarts would repeat it, so the README has it apart."""
     process = subprocess.run(
@@ -644,6 +657,7 @@ def test_a_mistake_is_reported_once_by_torchrun(data, tmp_path):
     traceback = f'Traceback (most recent call last):\n  File "{train_inat.__file__}'
     assert traceback not in process.stderr
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(data, undisturbed, tmp_path):
     def without_a_compiler(plain=nn.Module.compile):
         nn.Module.compile = lambda self, **options: plain(self, backend="aot_eager", **options)
@@ -655,6 +669,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(data, undisturbed, tmp
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 # ---- Faults --------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_unreadable_image_is_named_and_more_than_one_percent_end_the_run(split, tmp_path):
     folder = draw(tmp_path / "data", (60, 60), held_out=60)
@@ -740,6 +755,7 @@ def test_a_checkpoint_of_a_version_without_a_flag_continues(data, undisturbed, t
     text = run(out, "--data", data, "--relative_sharpening", status=2)
     assert "other settings (relative_sharpening)" in text.splitlines()[-1]
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     "rename an image", "swap two classes", "rename a class", "replace an image", "move an image"])
 def test_other_data_of_the_same_size_is_refused(change, data, undisturbed, tmp_path):
@@ -761,6 +777,7 @@ def test_other_data_of_the_same_size_is_refused(change, data, undisturbed, tmp_p
         (other / "train/class0/023.jpg").rename(other / "train/class1/012.jpg")
     assert "has other settings (images" in run(out, "--data", other, status=2)
 
+@pytest.mark.slow
 def test_other_labels_of_a_list_and_other_validation_images_are_other_data(data, tmp_path):
     names = sorted((data / "train").rglob("*.jpg"))
     lists = [tmp_path / "train.txt", tmp_path / "val.txt"]
@@ -792,6 +809,7 @@ def test_a_damaged_checkpoint_is_refused(data, undisturbed, tmp_path):
         text = run(out, "--data", data, status=2)
         assert "checkpoint.pt. If it is damaged, delete it" in text.splitlines()[-1]
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     """Right after kill -9 the folder is free again, even while the worker is still ending."""
     options = ["--data", data / "train", "--epochs", 500]

@@ -170,6 +170,7 @@ def test_scores_and_differences_by_hand():
     assert balanced.keys() == {"all", "class"}
 
 # ---- Whole runs ----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
     """It starts with train_inat.py --quick, which starts anew after an interrupted run."""
     folder = tmp_path / "train_inat"

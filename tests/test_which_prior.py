@@ -60,6 +60,7 @@ def test_a_measure_without_a_value_is_left_out(monkeypatch):
     (untrained,) = which_prior.experiment(0, 1.0, 0.0, args)
     assert untrained["results"] == {"knn": 0.5}
 
+@pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, capsys):
     which_prior.main(["--quick", "--methods", "plain", "relative", "--contrasts", "0.7",
                       "--classes", "8", "--out", str(tmp_path), "--workers", "1"])
