@@ -21,6 +21,15 @@ def test_adjusted_rand_index_is_scikit_learns():
             assert toy_kmeans.adjusted_rand_index(first, other) == pytest.approx(oracle, abs=1e-12)
     assert toy_kmeans.adjusted_rand_index(0 * first, 0 * first) == 1
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_kmeans_finds_the_objective_of_scikit_learn(k):
+    cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is the oracle here")
+    torch.manual_seed(1)
+    points = torch.randn(60, 3, dtype=torch.float64) + 3 * torch.randn(5, 3).repeat(12, 1)
+    _, objective = toy_kmeans.kmeans(points, k, starts=100)
+    oracle = cluster.KMeans(k, n_init=100, tol=0, random_state=0).fit(points.numpy())
+    assert objective == pytest.approx(oracle.inertia_, rel=1e-9)
+
 def test_kmeans_with_equal_sizes_is_the_best_of_all_halves():
     torch.manual_seed(3)
     for _ in range(4):

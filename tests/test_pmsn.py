@@ -118,8 +118,9 @@ def test_gradient_is_the_one_with_constant_targets():
     close(q.grad, prototypes.grad, 1e-7)
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("options", [{}, {"sinkhorn_iterations": 3}, {"relative_sharpening": True}])
-def test_extreme_inputs_stay_finite(options, temperature):
+def test_extreme_inputs_stay_finite(options, autocast, temperature):
     """Only directions count, so embeddings of norm 1e-8 and 1e8 have the same loss."""
     plain, prior = [x.float() for x in random_inputs()], pmsn.power_law_prior(5, 1.5)
     # All images fit the first prototype. At temperature .01 the other predictions underflow to 0.
@@ -129,7 +130,8 @@ def test_extreme_inputs_stay_finite(options, temperature):
     losses = []
     for inputs in ([1e-8 * x for x in plain], plain, [1e8 * x for x in plain], zero, collapsed):
         z, z_target, q = (x.clone().requires_grad_() for x in inputs)
-        loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, temperature=temperature, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, terms = pmsn.pmsn_loss(z, z_target, q, prior, temperature=temperature, **options)
         loss.backward()
         assert all(x.isfinite().all() for x in (loss, *terms.values(), z.grad, q.grad))
         losses.append(loss.item())

@@ -36,6 +36,26 @@ def test_sampler_maps_noise_to_a_normal_distribution():
     noise = torch.randn(100, 1)
     torch.testing.assert_close(rcdm.sample(velocity, noise), 1 + 0.5 * noise, atol=0.005, rtol=0)
 
+def test_sampler_maps_noise_to_a_mixture():
+    """x = (1 - t) * image + t * noise. A third of the images are near -2, the others near 1."""
+    means, shares, std = np.array([-2.0, 1.0]), np.array([1 / 3, 2 / 3]), 0.2
+
+    def velocity(x, t):
+        """The expectation of noise - image, given x: each part of the mixture is normal."""
+        variance = (1 - t) ** 2 * std**2 + t**2
+        distance = x.numpy()[:, None] - (1 - t) * means
+        posterior = shares * np.exp(-(distance**2) / (2 * variance))
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        change = (t - (1 - t) * std**2) / variance * distance - means
+        return torch.from_numpy((posterior * change).sum(axis=1))
+    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = rcdm.sample(velocity, noise, steps=200)
+    left, right = images[images < -0.5], images[images > -0.5]
+    assert len(left) / len(images) == pytest.approx(1 / 3, abs=0.015)
+    for part, mean in ((left, -2.0), (right, 1.0)):
+        assert part.mean().item() == pytest.approx(mean, abs=0.02)
+        assert part.std().item() == pytest.approx(std, abs=0.02)
+
 def test_loss_against_numpy():
     images, seen = torch.rand(4000, 1, 2, 2), {}
     def model(x, times, projections):
@@ -134,10 +154,13 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file, content", [
-    ("model_0_0.pt", "half"), *[("results.json", text) for text in ("half", "{}", "[]")]])
+    ("model_0_0.pt", "half"), ("model_0_0.pt", None), *[("results.json", text) for text in ("half", "{}", "[]")]])
 def test_damaged_models_are_one_clear_line(file, content, models, tmp_path, capsys):
     folder = shutil.copytree(models, tmp_path / "models")
-    (folder / file).write_text(content)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
     with pytest.raises(SystemExit, match="^2$"):
         rcdm.main(["--models", str(folder), "--out", str(tmp_path)])
     _, line = capsys.readouterr().err.split("error: ")

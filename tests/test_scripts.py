@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import imbalance
 import mnist_corner
@@ -108,6 +110,7 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (mnist_corner, "--digits SVHN", "SVHN"),
     (mnist_corner, "--digits MNIST", "downloading: no route"),
     (mnist_corner, "--backgrounds no/such", "'no/such'. --digits synthetic"),
+    (mnist_corner, "--backgrounds TRUNCATED", "cannot load the data or write to --out"),
     (mnist_corner, "--images 255", "--images: must be from 256 to 1000000000, got 255"),
     (mnist_corner, "--seeds -1", "--seeds: must be from 0 to 2000000000, got -1"),
     (mnist_corner, "--starts 4", "choose from 0, 9"),
@@ -144,6 +147,11 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
     no_network = Mock(side_effect=RuntimeError("downloading:\nno route"))
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
     monkeypatch.setattr("torchvision.datasets.CIFAR100", no_network)
+    (tmp_path / "photos" / "class").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / "class" / "1.jpg")
+    os.truncate(tmp_path / "photos" / "class" / "1.jpg", 500)
+    options = options.replace("TRUNCATED", str(tmp_path / "photos"))
     with pytest.raises(SystemExit, match="^2$"):
         script.main(["--out", str(tmp_path), *options.split()])
     _, line = capsys.readouterr().err.split("error: ", 1)
