@@ -18,13 +18,14 @@ them evenly (pose, background). PMSN is MSN (Assran et al., ECCV 2022) with a pr
     p_bar    p_bar               mean of p over the whole batch, on all GPUs        (K,)
     pi       prior               share of the images that each prototype should get (K,)
 
-With a uniform pi, KL = log K - H(p_bar): the loss of MSN up to log K. The published MSN also
-balances p+ by Sinkhorn iterations. Here they are an option, and off.
+With a uniform pi, KL = log K - H(p_bar). MSN maximizes this entropy H of the mean prediction, so
+its loss is the same up to the constant log K. The published MSN also balances p+ by Sinkhorn
+iterations. Here they are an option, and off.
 
 An image gives one target view, which is a large crop, and M anchors: other large crops, which lose
 some patches (masked), and small crops. The target network is a moving average of the trained
-network. Its features are the result of the training. This is all of it (`python pmsn.py` runs it on
-noise):
+network. The features of the target network are the result. This is all of it (`python pmsn.py` runs
+it on noise):
 
     model = PMSN(VisionTransformer(), prior=power_law_prior(1024, exponent=0.25))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -55,6 +56,7 @@ from torchvision.transforms import v2
 def power_law_prior(num_prototypes, exponent):
     """pi_k proportional to k^-exponent for k = 1..K. Exponent 0 is the uniform prior of MSN.
 
+    It does not matter which prototype has which number: the prior is about the set of shares.
     Raises ValueError for a negative exponent, and for one so large that a share becomes 0.
     """
     if exponent < 0:
@@ -95,7 +97,8 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
     log_prior = prior.to(log_p).log()  # (K,)
     with torch.no_grad():
-        # By default the target is p^4, divided by its sum. The two options are explained below.
+        # Sharpened targets keep predictions from becoming all alike. By default they are p^4,
+        # divided by its sum. The two options are explained below.
         log_target = log_predictions(targets, prototypes, temperature)  # (B, K)
         log_target = sharpen(log_target, sharpening, log_prior if relative_sharpening else 0.0)
         p_target = sinkhorn(log_target, log_prior, sinkhorn_iterations).exp()
@@ -143,14 +146,14 @@ def at_least_float32(x):
 def sharpen(log_p, sharpening, log_prior=0.0):
     """p^(1/T) / sum with T = `sharpening` in (0, 1], on logarithms: (N, K) -> (N, K). From MSN.
 
-    With a steep prior, a network that ignores the image has a low loss. It predicts p = pi for
-    every image, so the KL is 0, and sharpening moves the targets to the largest entries of pi. For
-    K = 10, exponent 1 and T = 1/4 the cross-entropy is 1.14 nats. (With the uniform prior it is
-    log 10 = 2.30.) Training can collapse to this.
+    With a steep prior this has a danger: training can collapse to p = pi for every image. Then the
+    KL is 0, and sharpening moves the targets to the largest entries of pi, which makes the
+    cross-entropy small as well. For K = 10, exponent 1 and T = 1/4 this collapse has a loss of 1.14
+    nats. (With the uniform prior it has log 10 = 2.30 nats.)
 
-    The remedy for exponents near 1 is `relative_sharpening`, which is not in the paper. It gives
-    `log_prior`, and the result is proportional to pi * (p / pi)^(1/T). Now p = pi is not moved, and
-    its cross-entropy is H(pi) = 1.99 nats.
+    The remedy for exponents near 1 is the option `relative_sharpening` of `pmsn_loss`, which is not
+    in the paper. With `log_prior`, the result is proportional to pi * (p / pi)^(1/T). Now p = pi is
+    not moved, and the collapse has a loss of H(pi) = 1.99 nats.
     """
     if not 0 < sharpening <= 1:
         raise ValueError(f"sharpening must lie in (0, 1], got {sharpening}")
@@ -167,8 +170,9 @@ def sinkhorn(log_p, log_prior, iterations):
     if iterations < 0:
         raise ValueError(f"sinkhorn_iterations must be at least 0, got {iterations}")
     for _ in range(iterations):
-        # Columns: the mean prediction of every prototype becomes its share pi_k. All predictions
-        # of a prototype can be too small for exp, so we divide by the largest one first.
+        # Columns: log_p - log(mean of the column) + log_prior, so that the mean prediction of every
+        # prototype becomes its share. All predictions of a prototype can be too small for exp, so
+        # its largest one is taken out before the mean.
         largest = log_p.amax(dim=0)  # (K,)
         if num_ranks() > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -185,13 +189,13 @@ def num_ranks():
 
 def mean_over_ranks(x):
     """The mean of x over all processes (ranks), with the gradient of the local x."""
-    mean = x.detach().clone()
+    total = x.detach().clone()
     if num_ranks() > 1:
-        dist.all_reduce(mean)  # the sum over W processes
-    # Forward, this is the mean over the processes, because the last term is 0. Backward, it is the
-    # local x. The factor 1/W is missing there: DistributedDataParallel supplies it, because it
-    # averages the gradients of all parameters over the processes.
-    return mean / num_ranks() + (x - x.detach())
+        dist.all_reduce(total)  # the sum over W processes
+    # Forward:  total / W, because the second term is 0.
+    # Backward: the gradient of the local x. The factor 1/W comes from DistributedDataParallel,
+    #           which averages the gradients of all parameters over the processes.
+    return total / num_ranks() + (x - x.detach())
 
 
 def check_prior(prior):
@@ -443,7 +447,16 @@ def augment_colors(images, *, jitter=0.5, jitter_p=0.8, gray_p=0.2, blur_p=0.5):
 
 
 def color_matrices(count, jitter, jitter_p, gray_p):
-    """The random matrices A and C of `augment_colors` for each image, (2, count, 3, 3)."""
+    """The random matrices A and C of `augment_colors` for each image, (2, count, 3, 3).
+
+    The steps in this order, where a gray level stands for its color (r = g = b):
+
+        x  <-  contrast * x + (1 - contrast) * gray level of the mean color
+        x  <-  saturation * x + (1 - saturation) * gray level of x      (saturation 0: a gray image)
+        x  <-  brightness * (x, rotated about the axis of the grays)
+
+    The last two leave grays as they are, up to the brightness. This gives A and C.
+    """
     strength = jitter * (torch.rand(count, 1, 1) < jitter_p)
     change = torch.empty(4, count, 1, 1).uniform_(-1, 1) * strength
     brightness, contrast, saturation = 1 + 0.8 * change[:3]
@@ -451,11 +464,10 @@ def color_matrices(count, jitter, jitter_p, gray_p):
     saturation = torch.where(torch.rand(count, 1, 1) < gray_p, 0.0, saturation)
     to_gray = torch.tensor([0.2989, 0.587, 0.114]).expand(3, 3)
     saturate = torch.lerp(to_gray, torch.eye(3), saturation)
-    # Hue is a rotation of RGB space about the axis of the grays: exp(angle * cross product).
+    # A rotation about an axis is exp(angle * the matrix of the cross product with the axis).
     gray_axis = torch.full((3, 3), 1 / math.sqrt(3))
     cross_product = torch.linalg.cross(torch.eye(3), gray_axis)
     rotate = torch.matrix_exp(angle * cross_product)
-    # Contrast comes first. It mixes in the mean gray, which saturation and hue leave as it is.
     on_color = brightness * contrast * (rotate @ saturate)
     on_mean = brightness * (1 - contrast) * to_gray
     return torch.stack([on_color, on_mean])
@@ -478,7 +490,7 @@ def gaussian_blur(images, sigma):
 
 # ---- Samplers: which images exist, and which ones share a mini-batch -----------------------------
 def long_tail_indices(labels, prior, seed=0):
-    """A random subset, as large as possible, in which class c has the share prior[c].
+    """A random subset, as large as possible, in which class c has about the share prior[c].
 
     labels (N,), prior (C,) -> indices (n,). Raises ValueError for a class without images, for
     labels of more than C classes, and for an invalid prior.
@@ -499,7 +511,8 @@ class ClassBatchSampler(torch.utils.data.Sampler):
     """A batch_sampler: `classes_per_batch` classes per mini-batch (table 1) for labels (N,).
 
     Each class is split into equal parts, and a batch takes one part of each of its classes. The
-    rest of a class is not used in this epoch. batch_size counts all ranks. Call `set_epoch` first.
+    rest of a class is not used in this epoch. batch_size counts all ranks. `set_epoch` gives
+    a new order.
     ValueError if a class has no whole part, or more parts than there are batches.
     """
     def __init__(self, labels, batch_size, classes_per_batch, rank=0, world_size=1, seed=0):
@@ -535,9 +548,11 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 
         parts = [shuffle(member).split(self.part_size) for member in self.members]
         parts_left = self.num_parts.double()  # of each class, (C,)
-        # A batch takes at most one part of a class. So a class that has as many parts left as there
-        # are batches left must be in the next batch: the weight 1e30 makes this certain. The other
-        # classes are drawn with weights that are their numbers of parts left.
+        # A batch takes at most one part of a class. With two batches left, a class with two parts
+        # must be in both of them. So a class that has as many parts left as there are batches left
+        # gets the weight 1e30, and is drawn before all others. (If parts are left over at the end,
+        # there may be too many such classes. Then some of them lose a part.) The weights of the
+        # other classes are their numbers of parts left.
         for batches_left in range(self.num_batches, 0, -1):
             weights = torch.where(parts_left >= batches_left, 1e30, parts_left)
             chosen = weights.multinomial(self.classes_per_batch, generator=generator)
@@ -553,9 +568,13 @@ def nearest_neighbors(queries, bank, k):
     """Cosines and indices (Q, k) of the k most similar rows of the bank (N, d), best first."""
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to the {len(bank)} rows of the bank, got {k}")
-    blocks = queries.split(rows_per_block(len(bank)))
-    bank = F.normalize(at_least_float32(bank), dim=-1)  # once, and not in every block
-    cosines, indices = zip(*[cosine(block, bank).topk(k) for block in blocks])
+    found = []
+    with torch.autocast(bank.device.type, enabled=False):
+        bank = F.normalize(at_least_float32(bank), dim=-1)
+        for block in queries.split(rows_per_block(len(bank))):
+            block = F.normalize(at_least_float32(block), dim=-1)
+            found.append((block @ bank.T).topk(k))
+    cosines, indices = zip(*found)
     return torch.cat(cosines), torch.cat(indices)
 
 
@@ -597,17 +616,17 @@ def linear_probe(features, labels, test_features, penalty=1.0):
         return torch.cat([classes[(block @ weight + bias).argmax(dim=1)] for block in blocks])
 
 
-@torch.inference_mode(False)  # The caller may have switched gradients off, in two ways.
+@torch.inference_mode(False)  # The caller may have called us under inference_mode or no_grad.
 @torch.enable_grad()
 def logistic_regression(features, labels, penalty, with_bias=True):
     """Weights (d, C) and biases (C,) of the classes 0 to C - 1, by L-BFGS.
 
     They minimize  sum(cross-entropy) + penalty / 2 * sum(weights^2), as scikit-learn's
-    LogisticRegression(C=1 / penalty). (Of two classes scikit-learn trains the difference only, so
-    there it is C=2 / penalty.) The biases have no penalty. Features (N, d), labels (N,). After 500
-    iterations it stops. With a penalty far below .1 and few images it may stop before the minimum.
-    Raises ValueError as `check_features` does.
+    LogisticRegression(C=1 / penalty). The biases have no penalty. Features (N, d), labels (N,).
+    After 500 iterations it stops. With a penalty far below .1 and few images it may stop before the
+    minimum. Raises ValueError as `check_features` does, and for a negative penalty.
     """
+    # Of two classes scikit-learn trains the difference only, so there it is C=2 / penalty.
     check_features(features, labels, features)
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be at least 0, got {penalty}")
@@ -662,12 +681,12 @@ def check_features(features, labels, test_features):
 
 # ---- The same hidden prior in three other losses: two views (B, d) -> (loss, terms) --------------
 def simclr_loss(first, second, temperature=0.1):
-    """SimCLR (Chen et al., 2020). Its uniformity spreads the batch. All negatives are local."""
+    """SimCLR (Chen et al., 2020). Its uniformity spreads the batch, which is that of this GPU."""
     check_views(first, second)
     check_temperature(temperature)
     z = torch.cat([first, second])
     similarity = cosine(z, z) / temperature  # (2B, 2B)
-    alignment = -similarity.diagonal(len(first)).mean()  # Pairs (i, i + B). Others are the same.
+    alignment = -similarity.diagonal(len(first)).mean()  # (i, i + B). (i + B, i) is the same.
     others = similarity - 1e9 * torch.eye(len(z), device=z.device)  # without itself
     uniformity = others.logsumexp(dim=1).mean()
     terms = {"alignment": alignment.detach(), "uniformity": uniformity.detach()}

@@ -21,7 +21,8 @@ of the target encoder with the parameter names of timm. Normalize images with th
 standard deviation of ImageNet (pmsn.IMAGENET_MEAN and IMAGENET_STD) for it. The defaults of timm's
 vit_small_patch16_224, which are 0.5 and 0.5, are wrong here.
 
-This script runs on Linux and macOS.
+This script runs on Linux and macOS. For the method, read the sections Recipe and Training, and
+main. The rest deals with files, with other processes and with what can go wrong.
 """
 
 import argparse
@@ -70,6 +71,9 @@ PRIORS = {
     "classes": lambda labels, args: pmsn.class_prior(torch.bincount(labels)),
 }
 TERMS = ("loss", "cross_entropy", "prior_kl", "effective_prototypes")
+# The log has these four terms too. "eff." are effective prototypes.
+HEADER = "   epoch     loss       CE       KL    eff.       lr  images/s  hours left"
+ROW = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
 # A run can be continued with other values of these flags.
 FREE_FLAGS = ("data", "list", "out", "workers", "eval_every", "compile", "checkpoint_activations")
 IMAGE_ENDINGS = torchvision.datasets.folder.IMG_EXTENSIONS  # .jpg, .png and so on
@@ -91,7 +95,7 @@ def say(*words):
 
 
 def fail(message, script="train_inat.py"):
-    """End the run with one line and exit status 2: something that the user can mend."""
+    """End the run with one line and exit status 2, for what the user can correct."""
     if rank() > 0:
         # Most mistakes are the same on all processes. The first process gets five seconds to report
         # them. Then torchrun ends this one.
@@ -125,11 +129,11 @@ def end_with_parent(parent):
 
 
 # ---- Data: a split is (paths, classes), later (paths, labels (N,)) -------------------------------
-def find_images(data, lists=()):
+def find_images(data, lists=(), out=None):
     """(paths, labels (N,)) of the training images, and of the validation images or None.
 
-    `lists` are text files in place of folders. Raises ValueError or OSError with the reason if
-    this is not a data set.
+    `lists` are text files in place of folders. `out` must not be in a class folder. Raises
+    ValueError or OSError with the reason if this is not a data set.
     """
     jsons = [path for path in sorted(data.glob("train*.json"))
              if re.fullmatch(r"train(20\d\d)?\.json", path.name) and path.is_file()]
@@ -143,7 +147,10 @@ def find_images(data, lists=()):
         if val.exists():
             splits.append(read_json(val))
     else:
-        splits = [read_folder(folder) for folder in find_folders(data)]
+        folders = find_folders(data)
+        if folders == [data] and out and data.resolve() in out.resolve().parents:
+            raise ValueError(f"--out {out} would become a class: choose a folder elsewhere")
+        splits = [read_folder(folder) for folder in folders]
     class_names = sorted(set(splits[0][1]))
     index = {name: i for i, name in enumerate(class_names)}
     for _, classes in splits:
@@ -159,7 +166,9 @@ def find_images(data, lists=()):
 def find_folders(data):
     """The folder of the training images, and that of the validation images if there is one.
 
-    Without a folder train, it is the given one.
+    There are three cases: train (and val) with folders of classes, which are returned. Or folders
+    of classes only, where the given folder is returned. One of its classes may have the name train,
+    as in CIFAR-100: then train has images and no folders. Or val without train, which is an error.
     """
     names = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
              "test": ("test", "testing")}
@@ -171,7 +180,7 @@ def find_folders(data):
     others = [path for path in subfolders if path not in named]
     have_classes = any(child.is_dir() for path in named for child in path.iterdir())
     if not have_classes and (others or not named):
-        return [data]  # A folder train may be a class, as in CIFAR-100. Then it has only images.
+        return [data]
     for found in folders.values():
         if len(found) > 1:
             raise ValueError(f"which one is it: {' or '.join(path.name for path in found)}?")
@@ -187,7 +196,7 @@ def find_folders(data):
 
 
 def read_folder(folder):
-    """Images of class folders, in the order of their names. Hidden files and folders are none."""
+    """Images of class folders, in the order of their names. What is hidden is skipped."""
     paths, classes = [], []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
@@ -258,7 +267,7 @@ def decode(path):
             image, info = Image.fromarray(levels.astype(np.uint8)), image.info
             image.info.update(info)  # the EXIF orientation
         elif image.mode in ("I", "F"):
-            # Where is white? PIL would cut everything above 255 off.
+            # We do not know which number is white, and PIL would take everything above 255 for it.
             raise OSError("it has gray levels of 32 bits, convert it to 8 bits")
         image = image.convert("RGB")
     try:
@@ -309,7 +318,7 @@ def check_readable(images, name):
 
 
 def name_unreadable(images, indices, unreadable):
-    """Name unreadable images and add them to the set of this pass over the images.
+    """Print the names of unreadable images, each of them once: `unreadable` has those before.
 
     More than 1% of the images of a process end the run.
     """
@@ -323,7 +332,7 @@ def name_unreadable(images, indices, unreadable):
 
 def read_data(args):
     """(paths, labels (N,)) of the training images, and of the validation images or None."""
-    training, validation = find_images(args.data, args.list)
+    training, validation = find_images(args.data, args.list, args.out)
     check_readable(Images(training[0], None), "training")
     if validation:
         check_readable(Images(validation[0], None), "validation")
@@ -377,7 +386,8 @@ def make_model(args, prior):
 def make_optimizer(model):
     """AdamW with two groups. Biases, norms and prototypes have no weight decay.
 
-    As in MSN, the position embeddings have. The schedules set the weight decay of every step.
+    As in MSN, position embeddings and the CLS token have. The schedules set the weight decay of
+    every step.
     """
     network = [*model.encoder.parameters(), *model.head.parameters()]
     decayed = {"params": [p for p in network if p.ndim > 1]}
@@ -471,10 +481,6 @@ def train_one_epoch(model, network, loader, optimizer, schedule, epoch, color_op
     return dict(zip(TERMS, means.tolist())), mean_prediction.cpu()
 
 
-HEADER = "   epoch     loss       CE       KL    eff.       lr  images/s  hours left"
-ROW = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
-
-
 # ---- Evaluation of the frozen target encoder -----------------------------------------------------
 def center_crop(image, size):
     """The middle of an image: resized to 256 / 224 of the size, then cropped. (3, H, W) -> square.
@@ -491,7 +497,7 @@ def extract(encoder, images, workers, watch=iter):
     """Features (n, d) and indices (n,) of all readable images, for the first process.
 
     Every process computes a share of them. The others return None. Features are on the device of
-    the encoder, indices on the CPU. `watch` can print progress.
+    the encoder, indices on the CPU. `watch` can print progress, in extras/transfer.py.
     """
     device = next(encoder.parameters()).device
     share = range(rank(), len(images), world_size())
@@ -627,7 +633,8 @@ def load_file(path):
         raise OSError(f"{path} is no file")
     if zipfile.is_zipfile(path):  # Files of old versions of PyTorch have no checksums.
         with zipfile.ZipFile(path) as file:
-            # torch.load does not compare the checksums, and skips what seems to be a folder.
+            # torch.load does not compare the checksums. And a flipped bit in external_attr makes a
+            # folder of a tensor. Then torch.load leaves its memory as it was.
             damaged = file.testzip() or any(part.external_attr for part in file.infolist())
         if damaged:
             raise ValueError(f"{path} is damaged: its checksums are wrong")
@@ -780,7 +787,7 @@ def make_parser():
     add("--model", default="vit_small", choices=MODELS, help="vision transformer")
     add("--patch_size", type=number(int, 1, 10_000), default=16, help="pixels per side of a patch")
     add("--image_size", type=number(int, 8, 10_000), default=224,
-        help="pixels of target and masked views")
+        help="pixels of target and masked views; below 64 crops are larger and not blurred")
     # The blur of the views pads by 8 pixels, and cannot take more than there are.
     add("--focal_size", type=number(int, 9, 10_000), default=96, help="pixels of focal views")
     add("--focal_views", type=number(int, 0, 1000), default=10, help="focal views per image")
@@ -801,7 +808,8 @@ def make_parser():
     add("--batch_size", type=number(int, 2, 1_000_000), default=1024,
         help="images per step on all GPUs")
     add("--lr", type=number(float, 0), default=1e-3, help="highest learning rate")
-    add("--ema_momentum", type=number(float, 0, 1), default=0.996, help="at the start; ends near 1")
+    add("--ema_momentum", type=number(float, 0, 1), default=0.996,
+        help="at the start; it goes four fifths of the way to 1")
     add("--workers", type=number(int, 0, 1000), default=8,
         help="processes per device that load images")
     add("--compile", action="store_true", help="use torch.compile")
@@ -810,7 +818,7 @@ def make_parser():
     add("--eval_every", type=number(int, 1), default=10, help="epochs between evaluations")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the training")
     add("--quick", action="store_true",
-        help="tiny model and random images: most other flags do not count")
+        help="tiny model and random images: only --out, --seed, --lr and flags of the loss count")
     return parser
 
 
@@ -831,8 +839,6 @@ def parse(argv):
             parser.error("--quick is for one process")
     if args.data is None:
         parser.error("--data is missing: only --quick needs none")
-    if args.data.resolve() in args.out.resolve().parents:
-        parser.error(f"--out {args.out} is in --data {args.data}: its figures would become images")
     if len(args.list) > 2:
         parser.error("--list takes one file for training and one for validation")
     if args.prior != "power_law" and args.exponent is not None:
@@ -875,11 +881,14 @@ def main(argv=None):
         if args.quick:
             draw_quick_images(args)
         training, validation = read_data(args)
-        paths, labels = training
-        prior = PRIORS[args.prior](labels, args)
-        batches, set_epoch = make_batches(labels, args)
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{error} (--data {args.data})")
+    paths, labels = training
+    try:
+        prior = PRIORS[args.prior](labels, args)
+        batches, set_epoch = make_batches(labels, args)
+    except ValueError as error:
+        fail(error)
     crop, color_options = view_options(args)
     loader = DataLoader(Images(paths, crop), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=cuda)
@@ -918,8 +927,8 @@ def main(argv=None):
         # Everything random in this epoch follows from these two lines.
         set_epoch_seed(epoch, args)
         set_epoch(epoch)
-        # DDP changes the order of its sums after its first step. On CPUs it is made anew in every
-        # epoch, so that a restarted run has the bits of one without a restart.
+        # On CPUs DDP is made anew in every epoch, so that a restarted run has the bits of one
+        # without a restart: DDP changes the order of its sums after its first step.
         if world_size() > 1 and (epoch == first or not cuda):
             network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
         terms, mean_prediction = train_one_epoch(model, network, loader, optimizer, schedule, epoch,

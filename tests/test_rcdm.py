@@ -154,7 +154,8 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file, content", [
-    ("model_0_0.pt", "half"), ("model_0_0.pt", None), *[("results.json", text) for text in ("half", "{}", "[]")]])
+    ("model_0_0.pt", "half"), ("model_0_0.pt", None),
+    *[("results.json", text) for text in ("half", "{}", "[]")]])
 def test_damaged_models_are_one_clear_line(file, content, models, tmp_path, capsys):
     folder = shutil.copytree(models, tmp_path / "models")
     if content is None:

@@ -646,6 +646,16 @@ def is_running(pid):
     except OSError:
         return False
 
+def test_the_first_process_has_five_seconds_to_report_a_mistake(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(train_inat.time, "sleep", waited.append)
+    for rank, seconds, line in (("0", [], "x"), ("1", [5], "process 1: x")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="^2$"):
+            train_inat.fail("x")
+        assert waited == seconds
+        assert capsys.readouterr().err == f"train_inat.py: error: {line}\n"
+
 @pytest.mark.slow
 def test_a_mistake_is_reported_once_by_torchrun(data, tmp_path):
     """Not by each of the processes. --max-restarts would repeat it, so the README has it apart."""
@@ -865,7 +875,7 @@ def test_a_file_system_without_locks_gets_a_warning(data, tmp_path):
     (["--out", ""], "argument --out: is empty"),
     (["--data", ""], "argument --data: is empty"),
     (["--out", "."], "--out must be a folder of its own"),
-    (["--data", ".", "--out", "runs/x"], "--out runs/x is in --data .: its figures would become"),
+    (["--data", "PLAIN", "--out", "PLAIN/runs"], "would become a class: choose a folder elsewhere"),
     (["--epochs", "1000000000"], "argument --epochs: must be from 1 to 10000, got 1000000000"),
     (["--list", "PIPES"], "no training image can be read, for example"),
     (["--out", "/proc/x"], "cannot write to --out /proc/x: No such file or directory"),
@@ -873,7 +883,7 @@ def test_a_file_system_without_locks_gets_a_warning(data, tmp_path):
 ])
 def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
     for name in ("UNKNOWN/train/a", "UNKNOWN/val/c", "FOREIGN/train", "ONLY_TEST/test/a",
-                 "TWO_TRAINS/train/a", "TWO_TRAINS/training/a", "UNREADABLE/train/a"):
+                 "TWO_TRAINS/train/a", "PLAIN/a", "TWO_TRAINS/training/a", "UNREADABLE/train/a"):
         shutil.copytree(data / "train/class0", tmp_path / name)
     (tmp_path / "EMPTY" / "a").mkdir(parents=True)
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -886,7 +896,7 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
     (tmp_path / "NOT_UNPACKED").mkdir()
     (tmp_path / "NOT_UNPACKED" / "train2018.json").write_text(json.dumps(content))
     argv = [*SMALL, "--data", str(data), "--out", str(tmp_path / "out")]
-    argv += [str(tmp_path / word) if word.isupper() else word for word in change]
+    argv += [str(tmp_path / word) if word.split("/")[0].isupper() else word for word in change]
     with pytest.raises(SystemExit) as error:
         train_inat.main(argv)
     text = capsys.readouterr().err
