@@ -184,6 +184,15 @@ def widen(start):
         linear.weight = nn.Parameter(weight.flatten(1), linear.weight.requires_grad)
     return SimpleNamespace(window=(0, 0, SIZE), models=start.models[:1])
 
+def schedule(done):
+    """Learning rate, sharpening and EMA momentum when this share of the training is done."""
+    warmup = min(1, 20 * done + 0.02)
+    decay = 0.55 + 0.45 * math.cos(math.pi * done)  # from 1 to 0.1
+    # Soft targets and a fast target network let the first clusters still change.
+    sharpening = max(0.25, 0.6 - 0.5 * done)
+    ema_momentum = 0.9 + 0.09 * min(1, 1.5 * done)
+    return 2e-3 * warmup * decay, sharpening, ema_momentum
+
 def train(runs, stage, epochs, data, args, progress):
     """Train all runs on the same batches and views, each on its own window of the images."""
     # `data` has (images, indices into them) of the digits and of the backgrounds, without labels.
@@ -196,14 +205,9 @@ def train(runs, stage, epochs, data, args, progress):
         batches = torch.randperm(args.images).split(BATCH_SIZE)
         for step, batch in enumerate(batches[:steps_per_epoch]):
             done = (epoch + step / steps_per_epoch) / epochs  # from 0 to 1
-            warmup = min(1, 20 * done + 0.02)
-            decay = 0.55 + 0.45 * math.cos(math.pi * done)  # from 1 to 0.1
-            if stage == "starts":
-                # Soft targets and a fast target network let the first clusters still change.
-                peak_lr, sharpening = 2e-3, max(0.25, 0.6 - 0.5 * done)
-                ema_momentum = 0.9 + 0.09 * min(1, 1.5 * done)
-            else:
-                peak_lr, sharpening, ema_momentum = 1e-3, 0.25, 0.99
+            lr, sharpening, ema_momentum = schedule(done)
+            if stage == "whole":
+                lr, sharpening, ema_momentum = lr / 2, 0.25, 0.99
             images = [bank[index[batch]] for bank, index in data]
             views = [make_view(*images, args) for _ in range(2)]  # the target and one anchor
 
@@ -214,7 +218,7 @@ def train(runs, stage, epochs, data, args, progress):
                           sinkhorn_iterations=args.sinkhorn_iterations,
                           relative_sharpening=args.relative_sharpening)
                     for model in run.models])
-                run.optimizer.param_groups[0]["lr"] = peak_lr * warmup * decay
+                run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
                 sum(losses).backward()
                 nn.utils.clip_grad_norm_(run.models.parameters(), 3.0)
@@ -307,7 +311,7 @@ def plot_neighbors(pictures, summary, data_exponent, path):
     figure.suptitle(f"Neighbors share the {wins[0]} under the power-law prior and the {wins[1]} "
                     "under the uniform prior")
     figure.supxlabel("Each row: an image (black) and its neighbors (green: same digit), last seed. "
-                     f"Numbers: 10 neighbors, mean over n = {row['n']} seeds")
+                     f"Numbers: 10 neighbors, mean over n = {number_of_seeds(summary)} seeds")
     figure.savefig(path)
 
 def plot_preference(summary, data_exponent, path):
@@ -335,7 +339,7 @@ def plot_preference(summary, data_exponent, path):
                 wins.append(f"{exponent:g}")
     where = f"exponents {', '.join(wins)}" if wins else "no exponent that has both kinds of starts"
     figure.suptitle(f"The loss is lower for the digit at {where}\n"
-                    f"(mean ± standard deviation, n = {row['n']} seeds)")
+                    f"(mean ± standard deviation, n = {number_of_seeds(summary)} seeds)")
     figure.savefig(path)
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -404,6 +408,9 @@ def summarize(runs, key):
                 spread = np.std(values, ddof=min(1, len(values) - 1))
                 row[name] = {"mean": np.mean(values), "std": spread}
     return summary
+
+def number_of_seeds(summary):
+    return next(iter(summary.values()))["n"]
 
 def cell(row, name):
     """A result in a table, or a dash if `summarize` has left it out."""

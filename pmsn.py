@@ -149,7 +149,8 @@ def sharpen(log_p, sharpening, log_prior=0.0):
     With a steep prior this has a danger: training can collapse to p = pi for every image. Then the
     KL is 0, and sharpening moves the targets to the largest entries of pi, which makes the
     cross-entropy small as well. For K = 10, exponent 1 and T = 1/4 this collapse has a loss of 1.14
-    nats. (With the uniform prior it has log 10 = 2.30 nats.)
+    nats. (With the uniform prior it has log 10 = 2.30 nats. Confident clusters with the shares pi
+    have 0.)
 
     The remedy for exponents near 1 is the option `relative_sharpening` of `pmsn_loss`, which is not
     in the paper. With `log_prior`, the result is proportional to pi * (p / pi)^(1/T). Now p = pi is
@@ -366,16 +367,19 @@ class PMSN(nn.Module):
             targets = self.target_head(self.target_encoder(target_view))  # (B, d)
         return pmsn_loss(anchors, targets, self.prototypes, self.prior, **loss_options)
 
-    @torch.no_grad()
     def update_target(self, ema_momentum):
         """target = m * target + (1 - m) * anchor for all parameters, with m = ema_momentum.
 
         The statistics of BatchNorm are no parameters: the target head collects its own, as in MSN.
         """
-        pairs = [(self.target_encoder, self.encoder), (self.target_head, self.head)]
-        for target, anchor in pairs:
-            for slow, fast in zip(target.parameters(), anchor.parameters()):
-                slow.lerp_(fast, 1 - ema_momentum)
+        move_target(self.target_encoder, self.encoder, ema_momentum)
+        move_target(self.target_head, self.head, ema_momentum)
+
+
+@torch.no_grad()
+def move_target(target, anchor, ema_momentum):
+    for slow, fast in zip(target.parameters(), anchor.parameters()):
+        slow.lerp_(fast, 1 - ema_momentum)
 
 
 # ---- Views: crops by the workers of the data loader, colors on the device ------------------------
@@ -466,7 +470,7 @@ def color_matrices(count, jitter, jitter_p, gray_p):
     saturate = torch.lerp(to_gray, torch.eye(3), saturation)
     # A rotation about an axis is exp(angle * the matrix of the cross product with the axis).
     gray_axis = torch.full((3, 3), 1 / math.sqrt(3))
-    cross_product = torch.linalg.cross(torch.eye(3), gray_axis)
+    cross_product = torch.linalg.cross(torch.eye(3), gray_axis)  # as a matrix
     rotate = torch.matrix_exp(angle * cross_product)
     on_color = brightness * contrast * (rotate @ saturate)
     on_mean = brightness * (1 - contrast) * to_gray

@@ -132,8 +132,8 @@ def end_with_parent(parent):
 def find_images(data, lists=(), out=None):
     """(paths, labels (N,)) of the training images, and of the validation images or None.
 
-    `lists` are text files in place of folders. `out` must not be in a class folder. Raises
-    ValueError or OSError with the reason if this is not a data set.
+    `lists` are text files in place of folders. `out` must not be beside classes or in one.
+    Raises ValueError or OSError with the reason if this is not a data set.
     """
     jsons = [path for path in sorted(data.glob("train*.json"))
              if re.fullmatch(r"train(20\d\d)?\.json", path.name) and path.is_file()]
@@ -148,7 +148,7 @@ def find_images(data, lists=(), out=None):
             splits.append(read_json(val))
     else:
         folders = find_folders(data)
-        if folders == [data] and out and data.resolve() in out.resolve().parents:
+        if out and any(folder.resolve() in out.resolve().parents for folder in folders):
             raise ValueError(f"--out {out} would become a class: choose a folder elsewhere")
         splits = [read_folder(folder) for folder in folders]
     class_names = sorted(set(splits[0][1]))
@@ -179,6 +179,7 @@ def find_folders(data):
     named = folders["train"] + folders["val"] + folders["test"]
     others = [path for path in subfolders if path not in named]
     have_classes = any(child.is_dir() for path in named for child in path.iterdir())
+    # Without folders of classes in train, val or test, all folders here are classes.
     if not have_classes and (others or not named):
         return [data]
     for found in folders.values():
@@ -633,8 +634,8 @@ def load_file(path):
         raise OSError(f"{path} is no file")
     if zipfile.is_zipfile(path):  # Files of old versions of PyTorch have no checksums.
         with zipfile.ZipFile(path) as file:
-            # torch.load does not compare the checksums. And a flipped bit in external_attr makes a
-            # folder of a tensor. Then torch.load leaves its memory as it was.
+            # torch.load does not compare the checksums. And external_attr, a field of the table of
+            # contents, is 0 in its files. Otherwise a tensor counts as a folder, and is not read.
             damaged = file.testzip() or any(part.external_attr for part in file.infolist())
         if damaged:
             raise ValueError(f"{path} is damaged: its checksums are wrong")
@@ -818,7 +819,8 @@ def make_parser():
     add("--eval_every", type=number(int, 1), default=10, help="epochs between evaluations")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the training")
     add("--quick", action="store_true",
-        help="tiny model and random images: only --out, --seed, --lr and flags of the loss count")
+        help="tiny model, random images, few epochs: flags of data, model, sizes, prior and length "
+             "do not count")
     return parser
 
 
@@ -918,7 +920,8 @@ def main(argv=None):
 
     say(f"{len(paths)} images, {len(labels.unique())} classes, {args.prior} prior, {len(prior)} "
         f"prototypes, {world_size()} x {device.type}, torch {torch.__version__}\n{HEADER}")
-    # These are the random weights of a new run, or a kill came in the middle of an evaluation.
+    # Evaluate before the first epoch: in a new run (epoch 0), and after a kill in the middle of an
+    # evaluation.
     if evaluate_if_due(model.target_encoder, history, training, validation, args):
         save(model, optimizer, history, mean_prediction, settings, args.out)
     first = history[-1]["epoch"] + 1
@@ -928,7 +931,7 @@ def main(argv=None):
         set_epoch_seed(epoch, args)
         set_epoch(epoch)
         # On CPUs DDP is made anew in every epoch, so that a restarted run has the bits of one
-        # without a restart: DDP changes the order of its sums after its first step.
+        # without a restart: after its first step, DDP changes the order of its sums.
         if world_size() > 1 and (epoch == first or not cuda):
             network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
         terms, mean_prediction = train_one_epoch(model, network, loader, optimizer, schedule, epoch,

@@ -51,7 +51,7 @@ from torchvision.transforms import v2
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from train_inat import MODELS, number
+from train_inat import MODELS, decode, number
 
 TRAIN_INAT = Path(__file__).resolve().parents[1] / "train_inat.py"
 
@@ -82,16 +82,17 @@ def make_batch(paths, pipeline, images, device):
     return [crops.to(device) for crops in default_collate([items[i] for i in range(images)])]
 
 # ---- Two pipelines: path -> [target (1, 3, S, S), rand (1, 3, S, S), focal (10, 3, s, s)] --------
-def decode(path):
+def open_image(path):
+    """A PIL image, which torchvision's classes take. Ours goes on with a tensor."""
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 def our_pipeline(path, **options):
     """Crops by pmsn.multi_crop with these options, uint8."""
-    return pmsn.multi_crop(v2.functional.pil_to_tensor(decode(path)), **options)
+    return pmsn.multi_crop(decode(path), **options)
 
 def usual_pipeline(path):
-    image = decode(path)
+    image = open_image(path)
     large, small = usual_view(224, (0.3, 1.0)), usual_view(96, (0.05, 0.3))
     focal = torch.stack([small(image) for _ in range(10)])
     return [large(image)[None], large(image)[None], focal]

@@ -209,10 +209,8 @@ class Data2Vec(nn.Module):
             outputs = run_blocks(self.target_encoder, tokens)[:-1]
         return data2vec_loss(predictions, [x[:, 1:] for x in outputs], hidden), {}
 
-    @torch.no_grad()
     def update_target(self, ema_momentum):
-        for target, anchor in zip(self.target_encoder.parameters(), self.encoder.parameters()):
-            target.lerp_(anchor, 1 - ema_momentum)
+        pmsn.move_target(self.target_encoder, self.encoder, ema_momentum)
 
 def data2vec_loss(predictions, outputs, hidden):
     """Squared error on hidden patches (B, N) to the mean of normalized outputs (B, N, dim)."""

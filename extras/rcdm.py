@@ -35,8 +35,8 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
-from mnist_corner import (LABELS, Figure, cell, finite, number, parse, run_in_processes, save,
-                          summarize)
+from mnist_corner import (LABELS, Figure, cell, finite, number, number_of_seeds, parse,
+                          run_in_processes, save, summarize)
 
 # Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
 # prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
@@ -296,7 +296,8 @@ def plot(pictures, summary, out):
     figure.suptitle(f"A prototype stands for {power_law} under the power-law prior and for "
                     f"{uniform} under the uniform prior", fontsize="x-large")
     figure.supxlabel("Each row: samples of one prototype, last seed (left: its share of images). "
-                     f"Each column: the same noise. Numbers: mean over n = {row['n']} seeds",
+                     "Each column: the same noise. Numbers: mean over "
+                     f"n = {number_of_seeds(summary)} seeds",
                      fontsize="medium")
     figure2.suptitle("Left of the line: a real image. Right of it: samples of its projection",
                      fontsize="x-large")

@@ -38,8 +38,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from mnist_corner import (Figure, agreement, background_view, cell, digit_view, draw, finite,
-                          load_backgrounds, make_encoder, make_model, number, parse,
-                          run_in_processes, sample, save, summarize)
+                          load_backgrounds, make_encoder, make_model, number, number_of_seeds,
+                          parse, run_in_processes, sample, save, schedule, summarize)
 
 # 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
 # because a test image must not show what a training image shows.
@@ -113,11 +113,7 @@ def train(runs, data, args, title):
         batches = torch.randperm(args.images).split(BATCH_SIZE)
         for step, batch in enumerate(batches[:steps_per_epoch]):
             done = (epoch + step / steps_per_epoch) / args.epochs  # from 0 to 1
-            warmup = min(1, 20 * done + 0.02)
-            decay = 0.55 + 0.45 * math.cos(math.pi * done)  # from 1 to 0.1
-            # Soft targets and a fast target network let the first clusters still change.
-            sharpening = max(0.25, 0.6 - 0.5 * done)
-            ema_momentum = 0.9 + 0.09 * min(1, 1.5 * done)
+            lr, sharpening, ema_momentum = schedule(done)
             views = [data.views(batch) for _ in range(2)]  # the target and one anchor
             for run in runs:
                 if run.method == "supervised":
@@ -125,7 +121,7 @@ def train(runs, data, args, title):
                     loss, terms = F.cross_entropy(run.model(torch.cat(views)), labels), {}
                 else:
                     loss, terms = run.model(views, sharpening=sharpening, **run.loss_options)
-                run.optimizer.param_groups[0]["lr"] = 2e-3 * warmup * decay
+                run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(run.model.parameters(), 3.0)
@@ -235,7 +231,7 @@ def plot(summary, path):
     figure.suptitle("Where the prior of the classes (gray line) beats the uniform prior on "
                     f"long-tailed data: {', '.join(wins) or 'nowhere'}")
     figure.supxlabel("exponent of the prior (0: uniform)")
-    figure.supylabel(f"k-NN accuracy on balanced images (n = {row['n']} seeds)")
+    figure.supylabel(f"k-NN accuracy on balanced images (n = {number_of_seeds(summary)} seeds)")
     figure.savefig(path)
 
 def name_of(kind):

@@ -876,6 +876,7 @@ def test_a_file_system_without_locks_gets_a_warning(data, tmp_path):
     (["--data", ""], "argument --data: is empty"),
     (["--out", "."], "--out must be a folder of its own"),
     (["--data", "PLAIN", "--out", "PLAIN/runs"], "would become a class: choose a folder elsewhere"),
+    (["--data", "UNREADABLE", "--out", "UNREADABLE/train/x"], "would become a class: choose"),
     (["--epochs", "1000000000"], "argument --epochs: must be from 1 to 10000, got 1000000000"),
     (["--list", "PIPES"], "no training image can be read, for example"),
     (["--out", "/proc/x"], "cannot write to --out /proc/x: No such file or directory"),
