@@ -89,6 +89,7 @@ def test_help_works_from_any_folder_without_data(tmp_path):
         for script in sys.argv[1:]:
             if os.fork() == 0:
                 sys.argv = [script, "--help"]
+                sys.path[0] = os.path.dirname(script)  # as `python script` has it
                 try:
                     runpy.run_path(script, run_name="__main__")
                 except SystemExit as end:
