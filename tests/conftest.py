@@ -8,3 +8,7 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # It mixes the lines of several proces
 import torch
 
 torch.set_num_threads(1)
+
+def pytest_collection_modifyitems(items):
+    """Fast tests come first, otherwise the order stays."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
