@@ -26,7 +26,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +41,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 import pmsn
-from train_inat import Figure, number  # before matplotlib, which fails in some notebooks otherwise
+# This comes before matplotlib, which fails in some notebooks otherwise.
+from train_inat import Figure, number, print_any_text
 import matplotlib
 
 SIZE, WINDOW = 32, 16  # pixels per side: of an image; of the digit and of what a start sees
@@ -470,7 +470,5 @@ def main(argv=None):
     print(f"After {time.time() - began:.0f} s, results.json and the figures are in {args.out}")
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     main()

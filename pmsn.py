@@ -516,8 +516,7 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 
     Each class is split into equal parts, and a batch takes one part of each of its classes. The
     rest of a class is not used in this epoch. batch_size counts all ranks. `set_epoch` gives
-    a new order.
-    ValueError if a class has no whole part, or more parts than there are batches.
+    a new order. ValueError if a class has no whole part, or more parts than there are batches.
     """
     def __init__(self, labels, batch_size, classes_per_batch, rank=0, world_size=1, seed=0):
         classes, counts = labels.unique(return_counts=True)
@@ -631,7 +630,7 @@ def logistic_regression(features, labels, penalty, with_bias=True):
     minimum. Raises ValueError as `check_features` does, and for a negative penalty.
     """
     # Of two classes scikit-learn trains the difference only, so there it is C=2 / penalty.
-    check_features(features, labels, features)
+    check_features(features, labels)
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be at least 0, got {penalty}")
     # Clones can take part in a gradient, even if the originals are from torch.inference_mode.
@@ -662,15 +661,15 @@ def logistic_regression(features, labels, penalty, with_bias=True):
     return weight.detach(), bias.detach()
 
 
-def check_features(features, labels, test_features):
+def check_features(features, labels, *test_features):
     """Raise ValueError unless the classifiers above can use these features and labels.
 
     Features (N, d) and (Q, d) must be finite, labels (N,) integers from 0. N must be at least 1.
     """
-    for name, x in (("features", features), ("test features", test_features)):
+    for name, x in zip(("features", "test features"), (features, *test_features)):
         if x.ndim != 2 or x.shape[1] != features.shape[1]:
             raise ValueError(f"features (N, d) and test features (Q, d) must be matrices with the "
-                             f"same d, got {tuple(features.shape)}, {tuple(test_features.shape)}")
+                             f"same d, got {tuple(features.shape)}, {tuple(x.shape)}")
         # One image with a feature that is not a number would decide the class of all test images.
         if not x.isfinite().all():
             raise ValueError(f"{int((~x.isfinite()).any(dim=1).sum())} of {len(x)} rows of the "

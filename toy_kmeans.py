@@ -18,7 +18,6 @@ propositions 1 to 4 say the same in formulas. They are in tests/test_proposition
 import argparse
 import itertools
 import math
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import nn
 
 import pmsn
-from mnist_corner import Figure, number, save
+from mnist_corner import Figure, number, print_any_text, save
 
 NUM_POINTS = 400
 DISTANCE = 2.2  # between the groups, whose standard deviations are 0.25 across and 1 along
@@ -294,7 +293,5 @@ def main(argv=None):
     print(f"\n{args.out}: hidden_prior.png kmeans.png results.json")
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     main()

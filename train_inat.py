@@ -105,6 +105,12 @@ def fail(message, script="train_inat.py"):
     sys.exit(2)
 
 
+def print_any_text():
+    """Some terminals only take ASCII, and the name of a file may not be UTF-8."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def start_processes():
     """The device of this process. Processes of torchrun find each other."""
     cuda = torch.cuda.is_available()
@@ -249,7 +255,7 @@ def read_list(file, folder):
     # Names of files may have any bytes. Some editors put an invisible mark (sig) at the beginning.
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.rsplit(maxsplit=1) for line in text.rstrip().split("\n")]
-    if not lines or not all(len(line) == 2 and line[1].isdecimal() for line in lines):
+    if not all(len(line) == 2 and line[1].isdecimal() for line in lines):
         raise ValueError(f"every line of {file} must be a path and the number of a class")
     return [os.path.join(folder, path) for path, _ in lines], [int(label) for _, label in lines]
 
@@ -382,6 +388,17 @@ def make_model(args, prior):
     hidden_dim = 512 if args.model == "vit_micro" else 2048
     return pmsn.PMSN(encoder, prior, head=pmsn.projection_head(encoder.embed_dim, hidden_dim),
                      patch_drop=args.patch_drop)
+
+
+def checkpoint_activations(model):
+    """Keep only the input of each block, and compute the rest again in the backward pass."""
+    for block in model.encoder.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_encoders(model, **options):
+    model.encoder.compile(dynamic=False, **options)
+    model.target_encoder.compile(dynamic=False, **options)
 
 
 def make_optimizer(model):
@@ -847,6 +864,7 @@ def parse(argv):
         parser.error(f"--exponent is for --prior power_law, not for {args.prior}")
     if args.prior == "classes" and args.prototypes is not None:
         parser.error("--prior classes has one prototype per class: leave --prototypes out")
+    # The uniform prior does not look at the exponent. Its checkpoints have always had 0 there.
     if args.exponent is None:
         args.exponent = 0.0 if args.prior == "uniform" else 0.25
     if args.prototypes is None:
@@ -909,14 +927,11 @@ def main(argv=None):
         settings["validation"] = validation and fingerprint(*validation, args.data)
     history, mean_prediction = resume(model, optimizer, settings, args)
     if args.checkpoint_activations:
-        # Keep only the input of each block, and compute the rest again in the backward pass.
-        for block in model.encoder.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_activations(model)
     if args.compile:
         # The compiler's own support of DDP fails on checkpointed blocks.
         torch._dynamo.config.optimize_ddp = False
-        model.encoder.compile(dynamic=False)
-        model.target_encoder.compile(dynamic=False)
+        compile_encoders(model)
 
     say(f"{len(paths)} images, {len(labels.unique())} classes, {args.prior} prior, {len(prior)} "
         f"prototypes, {world_size()} x {device.type}, torch {torch.__version__}\n{HEADER}")
@@ -950,9 +965,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     try:
         main()
     except RuntimeError:

@@ -42,7 +42,6 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -51,7 +50,8 @@ from torchvision.transforms import v2
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from train_inat import MODELS, decode, number
+from train_inat import (MODELS, checkpoint_activations, compile_encoders, decode, number,
+                        print_any_text)
 
 TRAIN_INAT = Path(__file__).resolve().parents[1] / "train_inat.py"
 
@@ -145,15 +145,6 @@ def make_model(vit, image_size=224, patch_size=16):
     """PMSN with 1024 prototypes. `vit` is (embed_dim, depth, num_heads)."""
     encoder = pmsn.VisionTransformer(image_size, patch_size, *vit)
     return pmsn.PMSN(encoder, pmsn.power_law_prior(1024, 0.25))
-
-def checkpoint_activations(model):
-    """Keep only the input of each block of the trained encoder, and compute the rest again."""
-    for block in model.encoder.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-def compile_encoders(model, **options):
-    model.encoder.compile(dynamic=False, **options)
-    model.target_encoder.compile(dynamic=False, **options)
 
 def make_train_step(model):
     """A function of views that does a whole step: forward, backward, AdamW and moving average."""
@@ -750,6 +741,5 @@ def main(argv=None):
             print("There is no CUDA GPU here. With one, the training step is measured too.")
 
 if __name__ == "__main__":
-    # An error can name a file with letters that the terminal cannot print.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     main()

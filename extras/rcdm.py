@@ -36,7 +36,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
 from mnist_corner import (LABELS, Figure, cell, finite, number, number_of_seeds, parse,
-                          run_in_processes, save, summarize)
+                          print_any_text, run_in_processes, save, summarize)
 
 # Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
 # prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
@@ -361,7 +361,5 @@ def main(argv=None):
     print(f"After {time.time() - began:.0f} s, rcdm.json and the figures are in {args.out}")
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     main()

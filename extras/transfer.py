@@ -43,7 +43,8 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 import train_inat
-from train_inat import load_file, number, rank, world_size, write_figure, write_whole
+from train_inat import (load_file, number, print_any_text, rank, world_size, write_figure,
+                        write_whole)
 
 from matplotlib.figure import Figure  # after train_inat, which makes it work in notebooks too
 
@@ -411,7 +412,5 @@ def main(argv=None):
     print(f"Results and features are in {args.out}")
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     main()

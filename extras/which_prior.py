@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from mnist_corner import (Figure, agreement, background_view, cell, digit_view, draw, finite,
                           load_backgrounds, make_encoder, make_model, number, number_of_seeds,
-                          parse, run_in_processes, sample, save, schedule, summarize)
+                          parse, print_any_text, run_in_processes, sample, save, schedule,
+                          summarize)
 
 # 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
 # because a test image must not show what a training image shows.
@@ -289,7 +290,5 @@ def main(argv=None):
     print(f"After {time.time() - began:.0f} s, results and figure are in {args.out}")
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        # Some terminals only take ASCII, and the name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_text()
     main()

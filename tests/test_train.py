@@ -65,6 +65,11 @@ def start(out, *argv, rank=0, world_size=1, port=0, before=lambda: None, figures
     process.start()
     return process
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
 def finish(out, *processes, status=0):
     """Wait for the end, check the exit status of every process, return what rank 0 printed."""
     for process in processes:
@@ -477,9 +482,7 @@ def test_two_processes_have_other_images_and_random_numbers_and_log_the_mean(dat
             torch.save(seen, tmp_path / f"{os.environ['RANK']}.pt")
             return loss, terms
         pmsn.make_views, pmsn.pmsn_loss = make_views, pmsn_loss
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     options = ["--data", data, "--epochs", 2]
     finish(tmp_path / "out", *[start(tmp_path / "out", *options, rank=rank, world_size=2, port=port,
                                      before=record) for rank in range(2)])
@@ -607,9 +610,7 @@ def test_torchrun_restarts_a_dead_process_with_the_same_bits(data, tmp_path):
     options = ["--data", data / "train", "--batch_size", "12",
                "--classes_per_batch", "2", "--seed", str(2**32 - 1)]
     one, two = tmp_path / "one", tmp_path / "two"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     finish(one, *[start(one, *options, rank=rank, world_size=3, port=port) for rank in range(3)])
     process = torchrun(two, 3, *options)  # One of its processes dies after the first epoch.
     wait_for((two / "checkpoint.pt").exists)
@@ -799,8 +800,7 @@ def test_other_labels_of_a_list_and_other_validation_images_are_other_data(data,
         write(file, [i % 2 for i in range(50)])
     text = run(tmp_path / "out", *options)
     assert "43 images, 2 classes" in text  # 25 images, and 25 / 2^.5 = 17.7
-    write(lists[1], [i % 3 > 0 for i in map(int, range(50))])
-    lists[1].write_text(lists[1].read_text().replace("True", "1").replace("False", "0"))
+    write(lists[1], [int(i % 3 > 0) for i in range(50)])
     assert "has other settings (validation)" in run(tmp_path / "out", *options, status=2)
     write(lists[1], [i % 2 for i in range(50)])
     write(lists[0], [i // 2 % 2 for i in range(50)])
