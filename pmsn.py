@@ -81,24 +81,28 @@ def normalize(shares):
 
 # ---- Loss ----------------------------------------------------------------------------------------
 def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpening=0.25,
-              prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False):
+              prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False, any_order=False):
     """The loss of the paper, in nats, and its terms. The table above gives the shapes.
 
     Anchors are ordered by views: first the first view of all images, then their second view, and
     so on. Gradients reach anchors and prototypes. With several GPUs, DistributedDataParallel must
-    average the gradients (it does by default). See `sinkhorn` and `sharpen` for the last two
-    options. Raises ValueError for shapes that do not fit, for options out of their range, and for
-    an invalid prior (see `check_prior`).
+    average the gradients (it does by default). The last three options are explained in `sinkhorn`,
+    `sharpen` and `in_order_of`. Raises ValueError for shapes that do not fit, for options out of
+    their range, and for an invalid prior (see `check_prior`).
     """
     check_prior(prior)
     check_embeddings(anchors, targets, prototypes, prior)
     if not prior_weight >= 0:
         raise ValueError(f"prior_weight must be at least 0, got {prior_weight}")
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
+    # The prior is about the whole batch, so p_bar is the mean over all GPUs, with gradient.
+    p_bar = mean_over_ranks(log_p.exp().mean(dim=0))  # (K,)
     log_prior = prior.to(log_p).log()  # (K,)
+    if any_order:
+        log_prior = in_order_of(p_bar, log_prior)
     with torch.no_grad():
         # Sharpened targets keep predictions from becoming all alike. By default they are p^4,
-        # divided by its sum. The two options are explained below.
+        # divided by its sum. The options are explained below.
         log_target = log_predictions(targets, prototypes, temperature)  # (B, K)
         log_target = sharpen(log_target, sharpening, log_prior if relative_sharpening else 0.0)
         p_target = sinkhorn(log_target, log_prior, sinkhorn_iterations).exp()
@@ -107,8 +111,6 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     log_p_views = log_p.unflatten(0, (-1, len(targets)))
     cross_entropy = -(p_target * log_p_views).sum(dim=-1).mean()
 
-    # The prior is about the whole batch, so p_bar is the mean over all GPUs, with gradient.
-    p_bar = mean_over_ranks(log_p.exp().mean(dim=0))  # (K,)
     # At a low temperature, the share of a prototype that no image comes near is rounded to 0, and
     # log 0 is infinite. The smallest positive number in its place changes nothing else.
     log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()
@@ -141,6 +143,19 @@ def cosine(x, y):
 
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_order_of(p_bar, log_prior):
+    """The shares of the prior in the order of p_bar: the largest share where p_bar is largest, ...
+
+    Both are (K,). Which prototype has which share does not matter, but the loss of the paper ties
+    share k to prototype k. A cluster of the right size that forms at a prototype with another share
+    can then be stuck. With this order, which is not in the paper, the KL is the smallest one over
+    all K! orders of the prior (by the rearrangement inequality), and its gradient is as usual. This
+    is no remedy for the collapse that `sharpen` describes.
+    """
+    ranks = p_bar.argsort().argsort()  # 0 for the smallest entry of p_bar
+    return log_prior.sort().values[ranks]
 
 
 def sharpen(log_p, sharpening, log_prior=0.0):

@@ -818,6 +818,7 @@ def make_parser():
         help="number of prototypes, 1024 if it is not given; not for --prior classes")
     add("--sinkhorn_iterations", type=number(int, 0, 1000), default=0, help="see pmsn.sinkhorn")
     add("--relative_sharpening", action="store_true", help="for exponents near 1: pmsn.sharpen")
+    add("--any_order", action="store_true", help="the prior in any order: pmsn.in_order_of")
     add("--long_tail", type=number(float, 0, 10), help="exponent of classes, by dropping images")
     add("--classes_per_batch", type=number(int, 1),
         help="few classes per batch (paper, table 1): every class needs at least batch_size / "
@@ -919,7 +920,8 @@ def main(argv=None):
     optimizer = make_optimizer(model)
     schedule = schedules(args, len(loader))
     loss_options = {"sinkhorn_iterations": args.sinkhorn_iterations,
-                    "relative_sharpening": args.relative_sharpening}
+                    "relative_sharpening": args.relative_sharpening,
+                    "any_order": args.any_order}
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     settings["processes"] = world_size()
     if rank() == 0:

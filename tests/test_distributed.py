@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pmsn
 import train_inat
-from test_pmsn import close
+from test_pmsn import close, random_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +48,16 @@ def train_two_steps(rank):
     return {"losses": torch.stack(losses), "terms": terms, "gradients": gradients,
             "state": model.state_dict()}
 
+def loss_in_any_order(rank):
+    """The loss of a batch, or of one half of it, and the prior in the order that it takes."""
+    anchors, targets, prototypes = random_inputs(views=1, batch=10)
+    if rank is not None:
+        anchors, targets = anchors.chunk(WORLD_SIZE)[rank], targets.chunk(WORLD_SIZE)[rank]
+    loss, terms = pmsn.pmsn_loss(anchors, targets, prototypes, PRIOR, any_order=True,
+                                 relative_sharpening=True, sinkhorn_iterations=2)
+    alone = pmsn.log_predictions(anchors, prototypes, 0.1).exp().mean(dim=0)
+    return {"loss": loss, "prior_kl": terms["prior_kl"], "order": alone.argsort()}
+
 def features(count=7):
     """Features of gray images, which do not split evenly over two processes."""
     torch.manual_seed(0)
@@ -61,7 +71,8 @@ def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
                             rank=rank, world_size=WORLD_SIZE)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    found = {**train_two_steps(rank), "features": features(), "one": features(count=1)}
+    found = {**train_two_steps(rank), "features": features(), "one": features(count=1),
+             "any_order": loss_in_any_order(rank)}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -85,6 +96,13 @@ def test_training_with_two_processes_is_training_with_the_whole_batch(models):
                 close(model[part][name], value, 1e-7)
         for name in ("prior_kl", "mean_prediction", "effective_prototypes"):
             close(model["terms"][name], whole["terms"][name], 1e-6)
+
+def test_the_order_of_the_prior_is_the_one_of_the_whole_batch(models):
+    whole, (first, second) = loss_in_any_order(None), (model["any_order"] for model in models)
+    close((first["loss"] + second["loss"]) / 2, whole["loss"], 1e-12)
+    for half in (first, second):
+        close(half["prior_kl"], whole["prior_kl"], 1e-12)
+        assert not torch.equal(half["order"], whole["order"])  # alone it would take another one
 
 def test_the_first_of_two_processes_has_the_features_of_all_images(models):
     """Also of a single image, which is too few for both processes."""

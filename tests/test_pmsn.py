@@ -46,9 +46,17 @@ def numpy_sinkhorn(p, prior, iterations):
     return p
 
 def numpy_pmsn(anchors, targets, prototypes, prior, temperature=0.1, sharpening=0.25,
-               prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False):
+               prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False,
+               any_order=False):
     """Loss, cross-entropy, KL, p_bar as the paper writes them. Anchor i has target i modulo B."""
     anchors, targets, prototypes, prior = map(np.asarray, (anchors, targets, prototypes, prior))
+    predictions = np.array([numpy_predict(z, prototypes, temperature) for z in anchors])
+    p_bar = predictions.mean(axis=0)
+
+    def kl_for(order):
+        return sum(p_bar[k] * math.log(p_bar[k] / order[k]) for k in range(len(order)))
+    if any_order:
+        prior = np.array(min(itertools.permutations(prior), key=kl_for))
     reference = prior if relative_sharpening else np.ones_like(prior)
     codes = []
     for target in targets:
@@ -56,10 +64,8 @@ def numpy_pmsn(anchors, targets, prototypes, prior, temperature=0.1, sharpening=
         p = reference * (p / reference) ** (1 / sharpening)
         codes.append(p / p.sum())
     codes = numpy_sinkhorn(np.array(codes), prior, sinkhorn_iterations)
-    predictions = np.array([numpy_predict(z, prototypes, temperature) for z in anchors])
     costs = [-codes[i % len(targets)] @ np.log(p) for i, p in enumerate(predictions)]
-    cross_entropy, p_bar = np.mean(costs), predictions.mean(axis=0)
-    kl = sum(p_bar[k] * math.log(p_bar[k] / prior[k]) for k in range(len(prior)))
+    cross_entropy, kl = np.mean(costs), kl_for(prior)
     return cross_entropy + prior_weight * kl, cross_entropy, kl, p_bar
 
 # ---- Priors --------------------------------------------------------------------------------------
@@ -89,7 +95,10 @@ def test_a_rounded_prior_is_still_a_prior(num_prototypes, exponent, dtype):
     {"temperature": 0.02},  # Some prototypes have shares below 1e-9.
     {"temperature": 0.5, "prior_weight": 2.5, "sinkhorn_iterations": 2},
     {"temperature": 0.5, "sharpening": 0.5, "relative_sharpening": True},
-    {"sharpening": 0.4, "relative_sharpening": True, "sinkhorn_iterations": 3}])
+    {"sharpening": 0.4, "relative_sharpening": True, "sinkhorn_iterations": 3},
+    {"any_order": True, "prior_weight": 2.5},
+    {"any_order": True, "relative_sharpening": True},
+    {"any_order": True, "temperature": 0.5, "sinkhorn_iterations": 3}])
 def test_loss_equals_numpy_loop(options):
     """Three views and a skewed prior that is not sorted. The defaults are the ones of the paper."""
     prior = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
@@ -117,9 +126,33 @@ def test_gradient_is_the_one_with_constant_targets():
     close(z.grad, anchors.grad, 1e-7)
     close(q.grad, prototypes.grad, 1e-7)
 
+def test_the_prior_in_any_order_is_the_best_of_all_orders():
+    """All 120 orders of five shares: the lowest KL, with its gradient, and for every order given."""
+    inputs = [x.requires_grad_() for x in random_inputs()]
+    shares = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
+    plain = []
+    for order in itertools.permutations(range(5)):
+        plain.append(pmsn.pmsn_loss(*inputs, shares[list(order)]))
+    loss, terms = min(plain, key=lambda found: found[1]["prior_kl"])
+    expected = torch.autograd.grad(loss, [inputs[0], inputs[2]])
+    assert terms["prior_kl"] < 0.5 * plain[0][1]["prior_kl"]
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3]):
+        found, found_terms = pmsn.pmsn_loss(*inputs, shares[order], any_order=True)
+        close(found_terms["prior_kl"], terms["prior_kl"], 1e-12)
+        for gradient, best in zip(torch.autograd.grad(found, [inputs[0], inputs[2]]), expected):
+            close(gradient, best, 1e-12)
+
+def test_the_order_of_a_uniform_prior_changes_nothing():
+    uniform = pmsn.power_law_prior(5, 0.0)
+    for options in ({}, {"sinkhorn_iterations": 2}, {"relative_sharpening": True}):
+        plain, _ = pmsn.pmsn_loss(*random_inputs(), uniform, **options)
+        loss, _ = pmsn.pmsn_loss(*random_inputs(), uniform, any_order=True, **options)
+        assert torch.equal(loss, plain)
+
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("options", [{}, {"sinkhorn_iterations": 3}, {"relative_sharpening": True}])
+@pytest.mark.parametrize("options", [{}, {"sinkhorn_iterations": 3}, {"relative_sharpening": True},
+                                     {"any_order": True}])
 def test_extreme_inputs_stay_finite(options, autocast, temperature):
     """Only directions count, so embeddings of norm 1e-8 and 1e8 have the same loss."""
     plain, prior = [x.float() for x in random_inputs()], pmsn.power_law_prior(5, 1.5)
@@ -158,7 +191,7 @@ def test_constant_answer_and_its_two_remedies():
     # The prototypes are the axes. Off its mean, z is .1 log pi, and its length is 1.
     z = 0.1 * (prior.log() - prior.log().mean())
     z = (z + ((1 - z @ z) / 10).sqrt()).expand(6, -1)
-    for options, cost in (({}, 0.7098), ({"relative_sharpening": True}, 1.6281),
+    for options, cost in (({}, 0.7098), ({"any_order": True}, 0.7098), ({"relative_sharpening": True}, 1.6281),
                           ({"sinkhorn_iterations": 1}, 1.6281)):
         _, terms = pmsn.pmsn_loss(z, z, torch.eye(10).double(), prior, **options)
         close(terms["prior_kl"], 0, 1e-6)

@@ -419,13 +419,13 @@ def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentu
 
 ALL_OPTIONS = [
     "--prior", "classes", "--patch_drop", "0.5", "--sinkhorn_iterations", "2",
-    "--relative_sharpening", "--focal_views", "2", "--lr", "0.002", "--ema_momentum", "0.9",
+    "--relative_sharpening", "--any_order", "--focal_views", "2", "--lr", "0.002", "--ema_momentum", "0.9",
     "--seed", "3", "--checkpoint_activations"]
 
 @pytest.mark.parametrize("argv, prior, options", [
     ([], [k**-0.25 for k in range(1, 7)], {}),
     (ALL_OPTIONS, COUNTS, dict(patch_drop=0.5, peak_lr=0.002, first_momentum=0.9,
-                               sinkhorn_iterations=2, relative_sharpening=True))])
+                               sinkhorn_iterations=2, relative_sharpening=True, any_order=True))])
 def test_twenty_steps_equal_a_plain_loop(argv, prior, options, data, tmp_path, monkeypatch):
     """In float64, with the same crops and random numbers: all weights and statistics agree.
 
