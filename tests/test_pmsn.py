@@ -127,7 +127,7 @@ def test_gradient_is_the_one_with_constant_targets():
     close(q.grad, prototypes.grad, 1e-7)
 
 def test_the_prior_in_any_order_is_the_best_of_all_orders():
-    """All 120 orders of five shares: the lowest KL, with its gradient, and for every order given."""
+    """All 120 orders of five shares: it has the lowest KL and its gradient, whatever it is given."""
     inputs = [x.requires_grad_() for x in random_inputs()]
     shares = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
     plain = []
@@ -191,7 +191,8 @@ def test_constant_answer_and_its_two_remedies():
     # The prototypes are the axes. Off its mean, z is .1 log pi, and its length is 1.
     z = 0.1 * (prior.log() - prior.log().mean())
     z = (z + ((1 - z @ z) / 10).sqrt()).expand(6, -1)
-    for options, cost in (({}, 0.7098), ({"any_order": True}, 0.7098), ({"relative_sharpening": True}, 1.6281),
+    for options, cost in (({}, 0.7098), ({"any_order": True}, 0.7098),
+                          ({"relative_sharpening": True}, 1.6281),
                           ({"sinkhorn_iterations": 1}, 1.6281)):
         _, terms = pmsn.pmsn_loss(z, z, torch.eye(10).double(), prior, **options)
         close(terms["prior_kl"], 0, 1e-6)

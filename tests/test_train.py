@@ -419,8 +419,8 @@ def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentu
 
 ALL_OPTIONS = [
     "--prior", "classes", "--patch_drop", "0.5", "--sinkhorn_iterations", "2",
-    "--relative_sharpening", "--any_order", "--focal_views", "2", "--lr", "0.002", "--ema_momentum", "0.9",
-    "--seed", "3", "--checkpoint_activations"]
+    "--relative_sharpening", "--any_order", "--focal_views", "2", "--lr", "0.002",
+    "--ema_momentum", "0.9", "--seed", "3", "--checkpoint_activations"]
 
 @pytest.mark.parametrize("argv, prior, options", [
     ([], [k**-0.25 for k in range(1, 7)], {}),
