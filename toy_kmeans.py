@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import pmsn
-from mnist_corner import Figure, number, print_any_text, save
+from experiments import Figure, number, print_any_text, save
 
 NUM_POINTS = 400
 DISTANCE = 2.2  # between the groups, whose standard deviations are 0.25 across and 1 along

@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from mnist_corner import Figure, number, parse, print_any_text, save
+from experiments import Figure, number, parse, print_any_text, save
 
 # These rates gave the best class accuracy with balanced mini-batches. A third of each and three
 # times each were worse. An earlier version of this script chose them, on other synthetic images.

@@ -2,9 +2,9 @@
 
 RCDM (Bordes et al., 2022) is a diffusion model that draws images for a given representation. We
 draw many images for one prototype. What they share is what the prototype stands for, and what
-differs between them is what it leaves open. The images and the models are those of mnist_corner.py:
-with the power-law prior a prototype should stand for a digit, and with the uniform prior for a
-background.
+differs between them is what it leaves open. The images and the models are those of mnist_corner.py
+with long-tailed digits: with the power-law prior a prototype should stand for a digit, and with the
+uniform prior for a background.
 
     python extras/rcdm.py               # two models, and a diffusion model for each: 15 minutes
     python extras/rcdm.py --quick       # every step, with too little data, in half a minute
@@ -35,15 +35,11 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
-from mnist_corner import (LABELS, Figure, cell, finite, number, number_of_seeds, parse,
-                          print_any_text, run_in_processes, save, summarize)
+from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
+                         run_in_processes, save, summarize)
+from mnist_corner import DIM, EXPONENT, LABELS, model_path
 
-# Both priors get these flags of mnist_corner.py. With its defaults, the prototypes of the power-law
-# prior mix letterforms of several digits. Letterforms that change more form groups by digit. They
-# have a higher loss, and Sinkhorn raises the loss of the backgrounds as well.
-CORNER_FLAGS = "--deform 0.5 --sinkhorn_iterations 3".split()
 BATCH_SIZE = 128
-DIM = 64  # of projections and prototypes
 
 # ---- RCDM: a U-Net and flow matching (Lipman et al., 2023) --------------------------------------
 class Block(nn.Module):
@@ -67,7 +63,7 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(F.silu(h))
 
 class UNet(nn.Module):
-    """Noisy images (B, 1, 32, 32), times (B,), projections (B, 64) -> velocities (B, 1, 32, 32)."""
+    """Noisy images (B, 1, 32, 32), times (B,), projections (B, DIM) -> velocities (B, 1, 32, 32)."""
     def __init__(self):
         super().__init__()
         self.condition = nn.Sequential(
@@ -115,7 +111,7 @@ def sample(velocity, noise, steps=25):
 
 @torch.no_grad()
 def draw(unet, projections, noise):
-    """Samples (R, S, 1, 32, 32) of projections (R, 64), from noise (R or 1, S, 1, 32, 32)."""
+    """Samples (R, S, 1, 32, 32) of projections (R, DIM), from noise (R or 1, S, 1, 32, 32)."""
     rows = []
     for projection, x in zip(projections, itertools.cycle(noise)):
         condition = projection.expand(len(x), -1)
@@ -123,22 +119,19 @@ def draw(unet, projections, noise):
     return torch.stack(rows)
 
 # ---- PMSN and its images -------------------------------------------------------------------------
-def model_path(folder, seed, exponent):
-    return folder / f"model_{exponent:g}_{seed}.pt"
-
 def load_pmsn(path, exponent):
     """A model of mnist_corner.py."""
-    model = mnist_corner.make_model(mnist_corner.make_encoder(32), 10, exponent)
+    model = mnist_corner.make_model(mnist_corner.make_encoder(mnist_corner.SIZE), 10, exponent)
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
 
 def project(model, images):
-    """Projections (N, 64) of images by the target network, with length 1."""
+    """Projections (N, DIM) of images by the target network, with length 1."""
     parts = [model.target_head(model.target_encoder(part)) for part in images.split(1000)]
     return F.normalize(torch.cat(parts), dim=1)
 
 def add_noise(projections, length=0.5):
-    """Add normal noise of about this length to projections (N, 64), and scale them to length 1."""
+    """Add normal noise of about this length to projections (N, DIM), and scale them to length 1."""
     # No image has its projection exactly at a prototype. With noise, the diffusion model learns
     # what images have in common whose projections are near a point, whatever the point.
     noise = length / math.sqrt(DIM) * torch.randn_like(projections)
@@ -147,23 +140,22 @@ def add_noise(projections, length=0.5):
 class CornerImages:
     """Random images of mnist_corner.py, (N, 1, 32, 32), with labels."""
     def __init__(self, corner):
-        self.corner = corner
-        self.train_digits, self.test_digits = mnist_corner.load_digits(corner.digits, corner.root)
-        self.backgrounds = mnist_corner.load_backgrounds(corner.backgrounds, corner.root)
-        self.num_classes = max(10, len(self.backgrounds))
+        self.settings = mnist_corner.make_settings(corner)
+        self.train_digits, self.test_digits = mnist_corner.load_digits(corner)
+        self.backgrounds = mnist_corner.load_backgrounds(corner)
 
     def batch(self, count, exponent, test=False):
         digits, labels = self.test_digits if test else self.train_digits
         index = mnist_corner.sample(labels, exponent, count)
         kinds = torch.randint(len(self.backgrounds), (count,))
-        images = mnist_corner.make_view(digits[index], self.backgrounds[kinds], self.corner)
+        images = mnist_corner.make_view(digits[index], self.backgrounds[kinds], self.settings)
         return images, {"digit": labels[index], "background": kinds}
 
 # ---- Training ------------------------------------------------------------------------------------
 def train_classifier(source, steps):
-    """A supervised network for digit and background: (B, 1, 32, 32) -> (B, 2, classes)."""
+    """A supervised network for digit and background: (B, 1, 32, 32) -> (B, 2, 10)."""
     network = nn.Sequential(mnist_corner.make_encoder(32), nn.GELU(),
-                            nn.Linear(128, 2 * source.num_classes), nn.Unflatten(1, (2, -1)))
+                            nn.Linear(128, 2 * 10), nn.Unflatten(1, (2, -1)))
     optimizer = torch.optim.AdamW(network.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
@@ -183,7 +175,7 @@ def train_unet(model, source, steps, name):
     began, losses = time.time(), []
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 100) * (1 - step / (steps + 1))
-        images = source.batch(BATCH_SIZE, source.corner.exponent)[0].to(device)
+        images = source.batch(BATCH_SIZE, EXPONENT)[0].to(device)
         projections = add_noise(project(model, images))
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = flow_loss(unet, images, projections)
@@ -204,16 +196,15 @@ def experiment(seed, exponent, args):
     """Draw the prototypes of one PMSN. Returns its entry in rcdm.json, and images for figures."""
     torch.set_num_threads(1)  # faster here, because the runs are side by side
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
-    corner = SimpleNamespace(**args.corner)
-    source = CornerImages(corner)
-    model = load_pmsn(model_path(args.models, seed, exponent), exponent)
+    source = CornerImages(SimpleNamespace(**args.corner))
+    model = load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     classifier = train_classifier(source, args.steps // 4)
     unet, loss = train_unet(model, source, args.steps, name=f"{seed:>4}{exponent:>9.2f}")
     save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
 
     torch.manual_seed(seed)  # A saved U-Net draws the same again.
-    prototypes = F.normalize(model.prototypes, dim=1)  # (10, 64)
-    images, labels = source.batch(10_000, corner.exponent)  # as in training
+    prototypes = F.normalize(model.prototypes, dim=1)  # (10, DIM)
+    images, labels = source.batch(10_000, EXPONENT)  # as in training
     cosines, groups = (project(model, images) @ prototypes.T).max(dim=1)
     shares = groups.bincount(minlength=10) / len(groups)  # of the images, (10,)
     noise = torch.randn(10, args.samples, 1, 32, 32)
@@ -326,21 +317,19 @@ def main(argv=None):
         parser.error(f"cannot write to --out: {error}")
     if args.models is None:
         args.models = args.out / ("quick_models" if args.quick else "models")
-        files = [model_path(args.models, *pair) for pair in itertools.product(seeds, (1, 0))]
+        files = [model_path(args.models, "digit", exponent, seed)
+                 for seed, exponent in itertools.product(seeds, (EXPONENT, 0.0))]
         if not all(file.exists() for file in [args.models / "results.json", *files]):
             print(f"mnist_corner.py trains the models in {args.models}", flush=True)
-            flags = [*CORNER_FLAGS, "--workers", str(args.workers), *["--quick"] * args.quick]
+            flags = ["--workers", str(args.workers), *["--quick"] * args.quick]
             mnist_corner.main(["--out", str(args.models), "--seeds", *seeds, *flags])
     try:
         args.corner = json.loads((args.models / "results.json").read_text())["config"]
-        corner = SimpleNamespace(**args.corner)
-        CornerImages(corner)
-        exponents = (corner.exponent, 0.0)
+        CornerImages(SimpleNamespace(**args.corner))
+        exponents = (EXPONENT, 0.0)
         jobs = list(itertools.product(args.seeds, exponents))
         for seed, exponent in jobs:
-            load_pmsn(model_path(args.models, seed, exponent), exponent)
-        if not corner.exponent:
-            raise ValueError("both priors are uniform")
+            load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     except Exception as error:  # whatever a wrong file can cause
         parser.error(f"cannot use {args.models}: {' '.join(str(error).split())}. It must be the "
                      f"--out of one run of mnist_corner.py, with --seeds {' '.join(seeds)}")

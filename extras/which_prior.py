@@ -5,19 +5,20 @@ Here we draw 64 classes of letters, balanced or long-tailed. Other properties of
 balanced, and a network could group by them instead: 12 fonts, and 10 gratings behind the letters
 if their contrast is not 0. The paper expects that the uniform prior prefers such a grouping.
 
-We train PMSN with priors from uniform to steep, and with four kinds of targets: plain (as in the
-paper), sharpened relative to the prior, moved to the prior by Sinkhorn, and both. All models start
-from the same weights and see the same views. Then we test their frozen features on images with
-balanced classes, in bold slanted fonts that are not in the training set. As in the paper, the
-labels of the classifiers are those of the training images, so they are long-tailed too.
+We train PMSN with priors from uniform to steep, and with five losses: plain (as in the paper), with
+targets that are sharpened relative to the prior, moved to the prior by Sinkhorn, or both, and with
+the prior in any order. All models start from the same weights and see the same views. Then we test
+their frozen features on images with balanced classes, in bold slanted fonts that are not in the
+training set. As in the paper, the labels of the classifiers are those of the training images, so
+they are long-tailed too.
 
-    python extras/which_prior.py              # few priors, two kinds of targets, 8 minutes
+    python extras/which_prior.py              # few priors, two losses, 8 minutes
     python extras/which_prior.py --map --seeds 0 1 2    # the whole map, 80 minutes
     python extras/which_prior.py --quick      # every step, with too little data, half a minute
 
 --out gets which_prior.json and which_prior.png.
 Not in the paper: these images, the small encoder, no masking and one anchor per image, schedules
-for sharpening and target network, relative sharpening, and Sinkhorn with a prior.
+for sharpening and target network, relative sharpening, Sinkhorn with a prior, and any order.
 """
 
 import argparse
@@ -37,10 +38,10 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from mnist_corner import (Figure, agreement, background_view, cell, digit_view, draw, finite,
-                          load_backgrounds, make_encoder, make_model, number, number_of_seeds,
-                          parse, print_any_text, run_in_processes, sample, save, schedule,
-                          summarize)
+from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
+                         run_in_processes, save, summarize)
+from mnist_corner import (agreement, background_view, digit_view, draw, draw_gratings, make_encoder,
+                          make_model, sample, schedule)
 
 # 64 characters that differ at any size. Symbols are missing that look the same in several fonts,
 # because a test image must not show what a training image shows.
@@ -51,9 +52,13 @@ TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold De
 TEST_FONTS = ("DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique "
               "STIXGeneralBolIta").split()
 SIZE, BATCH_SIZE = 32, 256
-WIDTHS = (16, 32, 64)  # channels of the encoder
-# How targets are made: sharpened relative to the prior or not, and number of Sinkhorn iterations.
-METHODS = {"plain": (False, 0), "relative": (True, 0), "Sinkhorn": (False, 3), "both": (True, 3)}
+METHODS = {  # options of the loss
+    "plain": {},
+    "relative": {"relative_sharpening": True},
+    "Sinkhorn": {"sinkhorn_iterations": 3},
+    "both": {"relative_sharpening": True, "sinkhorn_iterations": 3},
+    "any_order": {"any_order": True},
+}
 
 # ---- Data ----------------------------------------------------------------------------------------
 class Data:
@@ -63,7 +68,7 @@ class Data:
         order = np.random.default_rng(0).permutation(len(CHARACTERS))[:num_classes]
         letters = draw([CHARACTERS[place] for place in order], fonts, (40, 40))
         self.letters = F.pad(letters, [4] * 4) / 255  # (fonts * classes, 1, 48, 48)
-        self.gratings, self.contrast = load_backgrounds("synthetic", None), contrast
+        self.gratings, self.contrast = draw_gratings(), contrast
         self.letter_index = sample(torch.arange(num_classes).repeat(len(fonts)), exponent, count)
         self.labels = self.letter_index % num_classes
         self.fonts = self.letter_index // num_classes
@@ -87,17 +92,17 @@ def make_runs(seed, args):
     arms = [*itertools.product(args.prior_exponents, args.methods), (None, "supervised")]
     for exponent, method in arms:
         torch.manual_seed(seed)
-        encoder = make_encoder(SIZE, WIDTHS)
+        encoder = make_encoder(SIZE)
         if method == "supervised":  # shows how much there is to learn, with labels of both views
             model = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
             options = {}
         else:
-            relative, iterations = METHODS[method]
-            # With the uniform prior, relative sharpening only adds rounding. We leave it out, so
-            # that plain and relative, and Sinkhorn and both, are equal at exponent 0.
-            options = {"prior_weight": args.prior_weight, "sinkhorn_iterations": iterations,
-                       "relative_sharpening": relative and exponent > 0}
-            model = make_model(encoder, args.prototypes, exponent)
+            options = {"prior_weight": args.prior_weight, **METHODS[method]}
+            if exponent == 0:
+                # With the uniform prior, relative sharpening only adds rounding. We leave it out,
+                # so that plain and relative, and Sinkhorn and both, are equal at exponent 0.
+                options["relative_sharpening"] = False
+            model = make_model(encoder, args.prototypes, exponent, dim=64)
             encoder = model.target_encoder  # We test the target network, as MSN does.
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         runs.append(SimpleNamespace(exponent=exponent, method=method, model=model,
@@ -184,7 +189,7 @@ def experiment(seed, data_exponent, contrast, args):
     images, test_images = data.all_views(), test.all_views()
     runs = make_runs(seed, args)
     untrained = SimpleNamespace(exponent=None, method="random", model=None,
-                                encoder=make_encoder(SIZE, WIDTHS), terms={})
+                                encoder=make_encoder(SIZE), terms={})
     name = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
     train(runs, data, args, name)
     found = []
@@ -247,7 +252,7 @@ def main(argv=None):
     add("--data_exponents", type=power, nargs="+", default=[0.0, 1.0], help="class frequencies")
     add("--contrasts", type=number(float, 0, 1), nargs="+", default=[0.0, 0.7], help="of gratings")
     add("--prior_exponents", type=power, nargs="+", default=[0.0, 0.5, 1.0], help="of the priors")
-    add("--methods", choices=METHODS, nargs="+", default=["plain", "both"], help="kinds of targets")
+    add("--methods", choices=METHODS, nargs="+", default=["plain", "both"], help="options of the loss")
     add("--map", action="store_true", help="a larger choice of these four")
     add("--classes", type=number(int, 3, 64), default=64, help="letters and symbols")
     add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")

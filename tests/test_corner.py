@@ -1,4 +1,4 @@
-"""mnist_corner.py: its data, its measures, and its fairness between the priors."""
+"""mnist_corner.py: its data, starts and tries, measures, and its fairness between the priors."""
 
 import json
 import math
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,33 +20,32 @@ import mnist_corner
 import pmsn
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-SETTINGS = dict(digits="synthetic", backgrounds="synthetic", root="data",
-                exponent=1.0, overcluster=None, prior_weight=1.0, sinkhorn_iterations=0,
-                relative_sharpening=False, contrast=0.5, deform=0.2, images=512, epochs=1, starts=9)
-GRID = [(row, column, 16) for row in (0, 8, 16) for column in (0, 8, 16)]
-DIGITS = mnist_corner.load_digits("synthetic", None)[0]
-BACKGROUNDS = mnist_corner.load_backgrounds("synthetic", None)
+ARGS = dict(mnist=False, root="data", backgrounds=None, exponents=(1.0, 0.0), ordinary=False,
+            tries=3, fixed_order=False, quick=False, seeds=[0])
+WINDOWS = [mnist_corner.DIGIT, mnist_corner.BACKGROUND, (0, 16, 16), (8, 0, 16)]
 
-def run(exponent, **settings):
-    """A short run, of two steps per start and two on whole images -> what results.json gets."""
-    with tempfile.TemporaryDirectory() as out:
-        args = SimpleNamespace(**{**SETTINGS, "out": Path(out), **settings})
-        return mnist_corner.experiment(0, exponent, args)[0]
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs an experiment of two steps on windows and two on whole images."""
+    def run(long_tailed, **changes):
+        args = SimpleNamespace(**{**ARGS, "out": tmp_path, **changes})
+        return mnist_corner.experiment(0, long_tailed, args)
+    monkeypatch.setitem(mnist_corner.SYNTHETIC, "images", 512)
+    monkeypatch.setitem(mnist_corner.SYNTHETIC, "epochs", 1)
+    return run
 
-def spy(monkeypatch, losses=()):
-    """A list of the (weights, views) of every step. Start i gets losses[i], if there is one."""
-    steps, forward = [], pmsn.PMSN.forward
+def spy(monkeypatch):
+    """A list of (exponent, window, weights, views) of every step of every start."""
+    steps, forward = [], mnist_corner.Start.forward
 
-    def watched(model, views, **options):
-        loss, terms = forward(model, views, **options)
-        if len(steps) < 2 * len(losses):
-            loss = loss + (losses[len(steps) % len(losses)] - loss).detach()
-        weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        steps.append((weights, torch.stack(views)))
-        return loss, terms
-    monkeypatch.setattr(pmsn.PMSN, "forward", watched)
+    def watched(start, views, **options):
+        weights = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
+        steps.append((start.exponent, start.window, weights, torch.stack(views)))
+        return forward(start, views, **options)
+    monkeypatch.setattr(mnist_corner.Start, "forward", watched)
     return steps
 
+# ---- Data ----------------------------------------------------------------------------------------
 def test_frequencies_follow_the_exponent():
     labels = torch.arange(3).repeat_interleave(torch.tensor([30, 4, 100]))
     torch.manual_seed(0)
@@ -60,12 +58,148 @@ def test_frequencies_follow_the_exponent():
 @pytest.mark.parametrize("deform, low, high", [(0.0, 0.02, 0.15), (1.0, 0.15, 1.0)])
 def test_views_change_digit_and_background(deform, low, high):
     torch.manual_seed(0)
-    args = SimpleNamespace(contrast=1.0, deform=deform)
-    views = [mnist_corner.make_view(DIGITS[0][:10], BACKGROUNDS, args) for _ in range(2)]
+    digits, gratings = mnist_corner.draw_digits("DejaVuSans")[0], mnist_corner.draw_gratings()
+    settings = {"contrast": 1.0, "deform": deform}
+    views = [mnist_corner.make_view(digits, gratings, settings) for _ in range(2)]
     change = (views[0] - views[1]).abs()
     assert low < change[..., :16, :16].mean() < high  # at deform 0 there is only noise
-    assert change[..., 16:, 16:].mean() > 0.3  # another phase of the grating
+    assert change[..., 16:, 16:].mean() > 0.2  # the grating has moved
 
+def test_cifar_as_torchvision_gives_it(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 99, (40, 32, 32, 3), dtype=np.uint8)
+    def cifar(root, transform, download):
+        items = [(transform(Image.fromarray(image)), 0) for image in pixels]
+        return type("CIFAR", (list,), {"targets": [1, 1, 0, 1, 0] * 8})(items)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", cifar)
+    images = mnist_corner.load_backgrounds(SimpleNamespace(**{**ARGS, "mnist": True}))
+    assert images.shape == (2, 1, 32, 32)
+    for image, first in zip(images, (2, 0)):  # the first image of each class
+        luma = pixels[first] @ np.array([0.299, 0.587, 0.114])
+        expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
+        np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
+
+# ---- Starts and tries ----------------------------------------------------------------------------
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_start_sees_its_window_only(window):
+    start = mnist_corner.Start(window, 1.0, tries=2)
+    views = torch.randn(2, 8, 1, 32, 32)
+    row, column, size = window
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[row : row + size, column : column + size] = True
+    elsewhere = torch.where(inside, views, torch.randn(2, 8, 1, 32, 32))
+    assert torch.equal(start(views), start(elsewhere))
+    here = torch.where(inside, torch.randn(2, 8, 1, 32, 32), views)
+    assert (start(views) - start(here)).abs().min() > 1e-3
+
+def test_tries_are_independent_models_on_one_encoder():
+    """The loss of each try is the loss of pmsn.py for its 32 entries, and so is its gradient."""
+    torch.manual_seed(0)
+    start = mnist_corner.Start(mnist_corner.DIGIT, 1.0, tries=3)
+    views = torch.randn(2, 40, 1, 32, 32)
+    options = {"sharpening": 0.4, "any_order": True}
+    losses = start(views, **options)
+    losses.sum().backward()
+    encoder, (linear, norm) = start.network
+    windows = views[..., :16, :16]
+    features, target_features = encoder(windows[1]), start.target[0](windows[0])
+    for i, loss in enumerate(losses):
+        entries = slice(32 * i, 32 * i + 32)
+        weight, bias, q = (x.detach().clone().requires_grad_() for x in (
+            linear.weight[entries], linear.bias[entries], start.prototypes[i]))
+        z, z_target = (x.detach() @ weight.T + bias for x in (features, target_features))
+        z, z_target = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+                       for x in (z, z_target))
+        expected, _ = pmsn.pmsn_loss(z, z_target, q, pmsn.power_law_prior(10, 1.0), **options)
+        torch.testing.assert_close(loss, expected)
+        expected.backward()
+        torch.testing.assert_close(start.prototypes.grad[i], q.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(linear.weight.grad[entries], weight.grad, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in start.target.parameters())
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_widened_start_computes_the_same_and_can_learn_the_rest(window, training):
+    start = mnist_corner.Start(window, 1.0, tries=3)
+    images = torch.randn(16, 1, 32, 32)
+    with torch.no_grad():
+        for parameter in start.target.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    start(images.expand(2, -1, -1, -1, -1))  # statistics of BatchNorm
+    whole = mnist_corner.widen(start, 1)
+    start.train(training), whole.train(training)
+    for old, new in ((start.network, whole.network), (start.target, whole.target)):
+        expected = old(mnist_corner.crop(images, window))[:, 32:64]
+        torch.testing.assert_close(new(images), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(whole.prototypes[0], start.prototypes[1])
+    assert not any(p.requires_grad for p in whole.target.parameters())
+    whole.network[0](images).sum().backward()
+    assert whole.network[0][-1].weight.grad.ne(0).all()
+
+def test_the_model_file_has_the_network_of_the_winner():
+    whole = mnist_corner.widen(mnist_corner.Start(mnist_corner.DIGIT, 1.0, tries=3), 2)
+    state = mnist_corner.as_pmsn(whole).state_dict()
+    model = mnist_corner.make_model(mnist_corner.make_encoder(32), 10, 1.0)
+    model.load_state_dict(state)
+    images = torch.randn(16, 1, 32, 32)
+    for network, (encoder, head) in ((whole.network, (model.encoder, model.head)),
+                                     (whole.target, (model.target_encoder, model.target_head))):
+        assert torch.equal(network(images), head(encoder(images)))
+    assert torch.equal(model.prototypes, whole.prototypes[0])
+
+def test_the_try_with_the_lowest_loss_goes_on(run, monkeypatch):
+    """Of two starts with three tries each, the background's second try under both priors."""
+    widen, forward = Mock(wraps=mnist_corner.widen), mnist_corner.Start.forward
+
+    def fixed(start, views, **options):
+        losses = forward(start, views, **options)
+        found = {mnist_corner.DIGIT: [2.0, 3.0, 1.5], mnist_corner.BACKGROUND: [4.0, 1.0, 5.0]}
+        return losses + (torch.tensor(found.get(start.window, [9.0])) - losses).detach()
+    monkeypatch.setattr(mnist_corner.Start, "forward", fixed)
+    monkeypatch.setattr(mnist_corner, "widen", widen)
+    records, _ = run("digit")
+    assert [(call.args[0].window, call.args[1]) for call in widen.call_args_list] == 2 * [
+        (mnist_corner.BACKGROUND, 1)]
+    for record in records:
+        assert record["chosen"] == "background"
+        assert record["tries"] == {"digit": [2.0, 3.0, 1.5], "background": [4.0, 1.0, 5.0]}
+        assert record["results"]["digit_window"] == 1.5
+        assert record["results"]["background_window"] == 1.0
+
+# ---- Fairness ------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_all_starts_get_the_same_weights_and_views_and_no_label_trains(run, monkeypatch):
+    steps = spy(monkeypatch)
+    run("digit")
+    load_digits = mnist_corner.load_digits
+
+    def other_labels(args):
+        training, (images, labels) = load_digits(args)
+        return [training, (images, 9 - labels)]
+    monkeypatch.setattr(mnist_corner, "load_digits", other_labels)
+    run("digit")
+    # Two steps of four starts, then two steps of two starts on whole images.
+    first, second = steps[:12], steps[12:]
+    assert [step[:2] for step in first[:4]] == [
+        (exponent, window) for exponent in (1.0, 0.0) for window in WINDOWS[:2]]
+    for step in first[1:4]:
+        assert torch.equal(step[2], first[0][2])
+    for i in (0, 4):
+        assert all(torch.equal(step[3], first[i][3]) for step in first[i : i + 4])
+    assert torch.equal(first[8][3], first[9][3]) and first[8][1] == mnist_corner.WHOLE
+    assert not torch.equal(first[4][2], first[6][2])  # after a step the prior has acted
+    for one, other in zip(first, second):
+        assert all(torch.equal(x, y) for x, y in zip(one[2:], other[2:]))
+
+@pytest.mark.slow
+def test_an_ordinary_run_has_one_start_on_whole_images(run, monkeypatch):
+    steps = spy(monkeypatch)
+    records, _ = run("background", ordinary=True, tries=1)
+    assert [window for _, window, _, _ in steps] == [mnist_corner.WHOLE] * 8
+    assert [record["chosen"] for record in records] == ["whole", "whole"]
+    # The second part continues with the weights of the first one, which is no new initialization.
+    assert not torch.equal(steps[4][2], steps[0][2])
+
+# ---- Measures ------------------------------------------------------------------------------------
 def test_agreement_against_numpy():
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(60, 5)), rng.integers(0, 3, 60)
@@ -75,166 +209,121 @@ def test_agreement_against_numpy():
     found = mnist_corner.agreement(torch.tensor(features), torch.tensor(labels))
     assert abs(found - expected) < 1e-6
 
-@pytest.mark.slow
-def test_all_priors_get_the_same_weights_and_views_and_no_label_trains(monkeypatch):
-    steps = spy(monkeypatch)
-    run(1.0), run(0.0)
-    training, (images, labels) = mnist_corner.load_digits("synthetic", None)
-    monkeypatch.setattr(mnist_corner, "load_digits", lambda *_: [training, (images, 9 - labels)])
-    run(0.0)
-    # Two steps of nine starts, then two steps on whole images.
-    power_law, uniform, other_labels = steps[:20], steps[20:40], steps[40:]
-    assert torch.equal(power_law[0][0], uniform[0][0])
-    assert not torch.equal(power_law[9][0], uniform[9][0])  # after a step the prior has acted
-    for step in range(20):
-        assert torch.equal(power_law[step][1], uniform[step][1])
-        assert torch.equal(uniform[step][0], other_labels[step][0])
+def test_purity_by_hand():
+    groups = torch.tensor([0, 0, 0, 2, 2, 2, 2])
+    labels = torch.tensor([5, 5, 2, 0, 1, 2, 1])  # two of three, two of four
+    assert mnist_corner.purity(groups, labels) == pytest.approx(4 / 7)
 
-@pytest.mark.slow
-def test_starts_see_one_window_each_and_the_lowest_loss_goes_on(monkeypatch):
-    widen = Mock(wraps=mnist_corner.widen)
-    monkeypatch.setattr(mnist_corner, "widen", widen)
-    losses = [3.0, 4.0, 2.0, 5.0, 1.5, 1.0, 6.0, 7.0, 8.0]
-    steps = spy(monkeypatch, losses)
-    record = run(0.0)
-    assert [start["window"] for start in record["starts"]] == GRID
-    assert [start["loss"] for start in record["starts"]] == losses
-    top, bottom = (torch.cat([steps[i][1], steps[i + 2][1]], dim=-1) for i in (0, 6))
-    views = torch.cat([top, bottom], dim=-2)
-    for (row, column, _), (weights, crops) in zip(GRID, steps):
-        assert torch.equal(crops, views[..., row : row + 16, column : column + 16])
-        assert torch.equal(weights, steps[0][0])
-    assert widen.call_args.args[0].window == (8, 16, 16)
-    assert len(steps) == 20 and steps[18][1].shape == (2, 256, 1, 32, 32)
-    run(0.0, starts=0)  # the only start sees whole images
-    assert [views.shape[-1] for _, views in steps[20:]] == [32] * 4
+def power_law(exponent):
+    shares = np.arange(1, 11.0) ** -exponent
+    return shares / shares.sum()
 
-@pytest.mark.parametrize("window", GRID)
-def test_a_widened_model_reads_its_window_and_can_learn_the_rest(window):
-    start = mnist_corner.make_start(window, 0, 1.0, SimpleNamespace(**SETTINGS))
-    model, (row, column) = start.models[0], (window[0] // 8, window[1] // 8)
-    whole, encoders = torch.randn(5, 1, 32, 32), [model.encoder, model.target_encoder]
+@pytest.mark.parametrize("any_order", [False, True])
+@pytest.mark.parametrize("of_kinds, of_prior", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_the_loss_of_the_exact_grouping_against_numpy(of_kinds, of_prior, any_order):
+    """Only the KL counts, in batches of 256 images."""
+    rng, prior = np.random.default_rng(0), power_law(of_prior)
     expected = []
-    for encoder in encoders:
-        positions = encoder[:-2](whole)[:, :, row : row + 2, column : column + 2]
-        expected.append(encoder[-1](positions.flatten(1)))
-    mnist_corner.widen(start)
-    torch.testing.assert_close([encoder(whole) for encoder in encoders], expected)
-    assert not model.target_encoder[-1].weight.requires_grad
-    model.encoder(whole).sum().backward()
-    assert model.encoder[-1].weight.grad.ne(0).all()
+    for _ in range(1000):
+        shares = rng.multinomial(256, power_law(of_kinds)) / 256
+        if any_order:
+            shares, prior = np.sort(shares), np.sort(prior)
+        expected.append(np.sum(shares[shares > 0] * np.log((shares / prior)[shares > 0])))
+    torch.manual_seed(0)
+    found = mnist_corner.exact_loss(of_kinds, of_prior, {"any_order": any_order})
+    assert found == pytest.approx(np.mean(expected), abs=0.006)
+
+def partitions(total, largest):
+    """All ways to write `total` as a sum of numbers, the largest first."""
+    if total == 0:
+        yield []
+    for first in range(min(total, largest), 0, -1):
+        for rest in partitions(total - first, first):
+            yield [first, *rest]
 
 @pytest.mark.slow
-def test_overclustering_trains_too_and_is_not_in_the_loss(monkeypatch):
-    steps = spy(monkeypatch, losses=[1.0, 100.0] * 9)
-    record = run(1.0, overcluster=30)
-    assert len(steps) == 2 * 18 + 2  # not on whole images
-    assert len(steps[1][0]) - len(steps[0][0]) == 20 * 64  # 30 prototypes, not 10
-    # The second model of the first start in its first and second step: prototypes, then encoder.
-    assert not torch.equal(steps[1][0][: 30 * 64], steps[19][0][: 30 * 64])
-    encoder = slice(30 * 64, 30 * 64 + 800)
-    assert torch.equal(steps[1][0][encoder], steps[0][0][10 * 64 :][:800])
-    assert all(start["loss"] == 1.0 for start in record["starts"])
+def test_the_lowest_loss_of_any_grouping():
+    """It is 0 for the right prior. Otherwise it is below the best way to put whole kinds together.
 
-def test_the_figure_says_which_exponents_prefer_the_digit(tmp_path, monkeypatch):
+    Merging balanced kinds gives the sizes of a partition of 10, and costs only its KL.
+    """
+    torch.manual_seed(0)
+    assert 0 <= mnist_corner.lowest_loss(1.0, 1.0, any_order=True) < 0.001
+    prior = power_law(1.0)
+    merged = min(sum(x / 10 * math.log(x / 10 / prior[i]) for i, x in enumerate(sizes))
+                 for sizes in partitions(10, 10))
+    found = mnist_corner.lowest_loss(0.0, 1.0, any_order=True)
+    assert 0.5 * merged < found < merged
+    # A frequent kind is worth splitting, so this is below the KL of the exact grouping.
+    kl = np.sum(power_law(1.0) * np.log(10 * power_law(1.0)))
+    assert 0.5 * kl < mnist_corner.lowest_loss(1.0, 0.0) < kl
+
+# ---- Figures and whole runs ----------------------------------------------------------------------
+def test_the_titles_count_what_the_figures_show(tmp_path, monkeypatch):
     suptitle = Mock()
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", suptitle)
-    summary = {}
-    for exponent, digit, background in [(0.0, 3, 1), (0.5, 2, 2.5), (1.0, 1, 3), (2.0, 3, 3.15)]:
-        values = {"digit_start": digit, "background_start": background, "same_digit": 0.5}
-        summary[exponent] = {key: {"mean": x, "std": 0.1} for key, x in values.items()} | {"n": 4}
-    mnist_corner.plot_preference(summary, 1.0, tmp_path / "preference.png")
-    text = suptitle.call_args.args[0]
-    assert "exponents 0.5, 1\n" in text and "n = 4" in text
+    tiles = {"images": np.zeros((10, 9, 1, 32, 32)), "digit": np.zeros((10, 9)),
+             "background": np.zeros((10, 9))}
+    records, pictures = [], {}
+    for long_tailed in ("digit", "background"):
+        for exponent in (0.0, 1.0):
+            pictures[long_tailed, exponent] = tiles
+            # The power law always encodes the digit, which is wrong once. Uniform is always right.
+            encoded = "digit" if exponent or long_tailed == "background" else "background"
+            results = {"same_digit": 0.2, "same_background": 0.2, f"same_{encoded}": 0.9}
+            records.append({"long_tailed": long_tailed, "exponent": exponent, "seed": 0,
+                            "chosen": encoded, "results": results,
+                            "tries": {"digit": [0.2, 0.3], "background": [0.3, 0.4]}})
+    summary = mnist_corner.summarize(records, key=lambda x: (x["long_tailed"], x["exponent"]))
+    mnist_corner.plot_neighbors(pictures, summary, tmp_path / "neighbors.png")
+    assert "3 of 4" in suptitle.call_args.args[0]
+    mnist_corner.plot_preference(records, {}, tmp_path / "preference.png")
+    assert suptitle.call_args.args[0].startswith("3 of 4 times (n = 1 seeds)")
 
 @pytest.mark.slow
-def test_a_loss_that_no_start_has_is_left_out_everywhere(tmp_path, monkeypatch):
-    """One start on whole images encodes the digit or the background, but not both."""
-    record = run(0.0, starts=0)
-    assert len({"digit_start", "background_start"} & set(record["results"])) == 1
-    both = {"digit_start": 1.0, "background_start": 2.0, "same_digit": 0.5, "loss": math.nan}
-    one = {"digit_start": 3.0, "same_digit": 0.5, "loss": math.inf}
-    runs = [{"exponent": 1.0, "results": mnist_corner.finite(x)} for x in (both, one)]
-    summary = mnist_corner.summarize(runs, key=lambda run: run["exponent"])
-    assert summary[1.0] == {"n": 2, "digit_start": {"mean": 2.0, "std": pytest.approx(2**0.5)},
-                            "same_digit": {"mean": 0.5, "std": 0.0}}
-    assert mnist_corner.cell(summary[1.0], "digit_start") == "2.000 ± 1.414"
-    assert mnist_corner.cell(summary[1.0], "background_start") == "-"
-    suptitle = Mock()
-    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", suptitle)
-    mnist_corner.plot_preference(summary, 1.0, tmp_path / "preference.png")
-    assert "no exponent that has both kinds of starts" in suptitle.call_args.args[0]
-
-def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
-    results, model = tmp_path / "results.json", tmp_path / "model.pt"
-    mnist_corner.save({"path": tmp_path, "loss": 1.0}, results)
-    mnist_corner.save({"weight": torch.ones(2)}, model)
-    with pytest.raises(ValueError):
-        mnist_corner.save({"loss": math.nan}, results)  # It would be no JSON.
-    with monkeypatch.context() as patch:
-
-        def is_killed(*_):
-            for temporary in tmp_path.glob("*.tmp"):
-                temporary.write_bytes(temporary.read_bytes()[:3])
-            raise KeyboardInterrupt
-        patch.setattr(os, "replace", is_killed)
-        for content, path in (({"loss": 2.0}, results), ({"weight": torch.zeros(2)}, model)):
-            with pytest.raises(KeyboardInterrupt):
-                mnist_corner.save(content, path)
-    assert json.loads(results.read_text()) == {"path": str(tmp_path), "loss": 1.0}
-    assert torch.load(model, weights_only=True)["weight"].tolist() == [1, 1]
-    mnist_corner.save({"loss": 2.0}, results)
-    assert json.loads(results.read_text()) == {"loss": 2.0}
-
-def test_cifar_as_torchvision_gives_it(monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 99, (40, 32, 32, 3), dtype=np.uint8)
-    def cifar(root, transform, download):
-        items = [(transform(Image.fromarray(image)), 0) for image in pixels]
-        return type("CIFAR", (list,), {"targets": [1, 1, 0, 1, 0] * 8})(items)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", cifar)
-    images = mnist_corner.load_backgrounds("CIFAR10", "data")
-    assert images.shape == (2, 1, 32, 32)
-    for image, first in zip(images, (2, 0)):  # the first image of each class
-        luma = pixels[first] @ np.array([0.299, 0.587, 0.114])
-        expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
-        np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
-
-@pytest.mark.slow
-def test_quick_run_finds_the_digit_and_has_the_bits_of_one_process(tmp_path):
-    options = "--quick --deform 0.1 --out".split()
-    command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
+def test_quick_run_has_the_bits_of_one_process(tmp_path):
+    command = [sys.executable, mnist_corner.__file__, "--quick", "--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    progress, table = (part.splitlines() for part in result.stdout.split("\n\n"))
-    rows = [line for line in progress if "runs done" not in line]
-    assert len(rows) == 1 + 2 * 3 and len(set(map(len, rows))) == 1  # aligned
+    progress, table, bounds = (part.splitlines() for part in result.stdout.split("\n\n"))
+    rows = [line.split() for line in progress[2:] if "runs done" not in line]
+    assert [len(row) for row in rows if row[2] == "windows"] == [5 + 4] * 4
+    assert [len(row) for row in rows if row[2] == "whole"] == [5 + 2] * 2
     assert progress[-1] == "2 of 2 runs done, about 0 s left"
-    assert len(table) == 2 + 2 + 1
+    assert len(table) == 2 + 4 and len({len(line) for line in table[1:]}) == 1  # aligned
+    assert len(bounds) == 1 + 4 + 1
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [record["exponent"] for record in results["runs"]] == [0, 1]
-    assert results["config"]["exponent"] == 1 and results["summary"]["0.0"]["n"] == 1
-    record = results["runs"][1]
-    assert record == json.loads(json.dumps(run(1.0, images=1024, epochs=2, deform=0.1)))
-    found = [start["same_digit"] for start in record["starts"]]
-    assert np.argmax(found) == 0 and record["starts"][0]["loss"] < 1.5
-    assert record["results"]["same_digit"] > 0.7 > 2 * record["results"]["same_background"]
-    assert (tmp_path / "model_1_0.pt").exists() and (tmp_path / "model_0_0.pt").exists()
-    assert min(Image.open(tmp_path / "neighbors.png").size) > 300
+    runs = results["runs"]
+    assert [(record["long_tailed"], record["exponent"]) for record in runs] == [
+        (long_tailed, exponent) for long_tailed in ("digit", "background") for exponent in (0, 1)]
+    assert results["config"]["loss_options"] == {"any_order": True}
+    args = SimpleNamespace(**{**ARGS, "quick": True, "tries": 32, "exponents": (0.0, 1.0),
+                              "out": tmp_path})
+    records, _ = mnist_corner.experiment(0, "digit", args)
+    assert runs[:2] == json.loads(json.dumps(records))
+    found = runs[1]["results"]
+    assert runs[1]["chosen"] == "digit"
+    assert found["same_digit"] > 0.7 > 0.3 > found["same_background"]
+    assert found["other_font"] > 0.4
+    for name in ("model_digit_1_0.pt", "model_background_0_0.pt"):
+        assert (tmp_path / name).exists()
+    for name in ("neighbors.png", "preference.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
     """The program handles SIGTERM as Ctrl-C. It cannot handle SIGKILL, but its workers notice."""
-    options = "--images 256 --starts 0 --epochs 1000000 --workers 2 --out".split()
+    options = "--ordinary --tries 1 --seeds 0 1 2 3 4 --workers 2 --out".split()
     command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(workers := children.read_text().split()) < 3:  # with the resource tracker
         time.sleep(0.1)
     if stop == signal.SIGKILL:
-        # A worker has finished an epoch when there is a line below the head of the table.
-        assert process.stdout.readline() and process.stdout.readline()
+        # A worker has finished an epoch when there is a line below the two of the head.
+        assert all(process.stdout.readline() for _ in range(3))
     process.send_signal(stop)
     process.wait(timeout=30)
     assert process.returncode != 0 and not list(tmp_path.iterdir())
@@ -248,10 +337,16 @@ def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST and CIFAR-10 are not in ../shared/data")
-def test_real_images_end_to_end():
-    for images, labels in mnist_corner.load_digits("MNIST", str(SHARED)):
+def test_real_images_end_to_end(run, monkeypatch):
+    real = {"mnist": True, "root": str(SHARED), "backgrounds": str(SHARED / "cifar10" / "test")}
+    args = SimpleNamespace(**{**ARGS, **real})
+    for images, labels in mnist_corner.load_digits(args):
         assert images.shape == (len(labels), 1, 20, 20) and images.min() == 0 < images.max() <= 1
-    record = run(1.0, digits="MNIST", root=str(SHARED), deform=0.0,
-                 backgrounds=str(SHARED / "cifar10" / "test"))
-    assert record["starts"][8]["same_background"] > 0.5 > 0.2 > record["starts"][8]["same_digit"]
-    assert record["starts"][0]["same_digit"] > 0.5 > 0.2 > record["starts"][0]["same_background"]
+    assert mnist_corner.load_backgrounds(args).shape == (10, 1, 32, 32)
+    monkeypatch.setattr(mnist_corner, "MNIST", {**mnist_corner.MNIST, "images": 512, "epochs": 1})
+    records, _ = run("digit", **real)
+    for record in records:
+        encoded, other = sorted(("digit", "background"), key=lambda x: x != record["chosen"])
+        found = record["results"]
+        assert found[f"same_{encoded}"] > 0.4 > 0.2 > found[f"same_{other}"]
+        assert "other_font" not in found

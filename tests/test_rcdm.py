@@ -14,16 +14,15 @@ from PIL import Image
 
 import mnist_corner
 import rcdm
-from test_corner import SETTINGS
+from test_corner import ARGS
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with two models of mnist_corner.py after two steps each."""
+    """A folder with two models of mnist_corner.py after a few steps each."""
     folder = tmp_path_factory.mktemp("models")
-    settings = {**SETTINGS, "starts": 0, "out": folder}
-    for exponent in (1.0, 0.0):
-        mnist_corner.experiment(0, exponent, SimpleNamespace(**settings))
-    (folder / "results.json").write_text(json.dumps({"config": settings}, default=str))
+    args = {**ARGS, "quick": True, "ordinary": True, "tries": 1, "out": folder}
+    mnist_corner.experiment(0, "digit", SimpleNamespace(**args))
+    (folder / "results.json").write_text(json.dumps({"config": args}, default=str))
     return folder
 
 def test_sampler_maps_noise_to_a_normal_distribution():
@@ -74,7 +73,7 @@ def test_a_model_trained_on_two_projections_draws_the_right_image():
     torch.manual_seed(0)
     images = torch.full((2, 1, 32, 32), -0.8)
     images[0, :, :16], images[1, :, :, 16:] = 0.8, 0.8  # the upper half, the right half
-    projections = F.normalize(torch.randn(2, 64), dim=1)
+    projections = F.normalize(torch.randn(2, 32), dim=1)
     unet = rcdm.UNet()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     for _ in range(150):
@@ -96,7 +95,7 @@ def test_constancy_by_hand():
 
 def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     """Every pixel of an image is its digit here, and prototype k stands for the digit k."""
-    model = SimpleNamespace(prototypes=2 * torch.eye(10, 64))
+    model = SimpleNamespace(prototypes=2 * torch.eye(10, 32))
 
     def batch(source, count, exponent, test=False):
         digits = torch.arange(10).repeat_interleave(count // 55 * torch.arange(1, 11))
@@ -117,7 +116,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(rcdm, name, fake)
     monkeypatch.setattr(rcdm.CornerImages, "batch", batch)
-    args = SimpleNamespace(corner=SETTINGS, models=tmp_path, out=tmp_path, steps=10, samples=8)
+    args = SimpleNamespace(corner=ARGS, models=tmp_path, out=tmp_path, steps=10, samples=8)
     record, pictures = rcdm.experiment(0, 1.0, args)
     results = record["results"]
     for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
@@ -141,7 +140,7 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
     monkeypatch.setattr(rcdm.sample, "__defaults__", (2,))  # steps
     monkeypatch.setattr(rcdm, "BATCH_SIZE", 16)
     rcdm.main(["--quick", "--workers", "2", "--out", str(tmp_path)])
-    flags = ["--deform", "0.5", "--sinkhorn_iterations", "3", "--workers", "2", "--quick"]
+    flags = ["--workers", "2", "--quick"]
     main.assert_called_once_with(["--out", str(folder), "--seeds", "0", *flags])
     runs = json.loads((tmp_path / "rcdm.json").read_text())["runs"]
     assert [run["exponent"] for run in runs] == [1, 0]
@@ -154,7 +153,7 @@ def test_quick_run_end_to_end(models, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file, content", [
-    ("model_0_0.pt", "half"), ("model_0_0.pt", None),
+    ("model_digit_0_0.pt", "half"), ("model_digit_0_0.pt", None),
     *[("results.json", text) for text in ("half", "{}", "[]")]])
 def test_damaged_models_are_one_clear_line(file, content, models, tmp_path, capsys):
     folder = shutil.copytree(models, tmp_path / "models")

@@ -28,8 +28,8 @@ README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 SCRIPTS = sorted(path for folder in (REPOSITORY, REPOSITORY / "extras")
-                 for path in folder.glob("*.py") if path.name != "pmsn.py")
-COLUMNS = "digit_start background_start same_digit same_background prior_kl"
+                 for path in folder.glob("*.py") if path.name not in ("pmsn.py", "experiments.py"))
+COLUMNS = "digit_window background_window same_digit same_background loss"
 RESULTS = dict.fromkeys(COLUMNS.split(), 0.5)
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train_inat.py --data" in c])
@@ -108,20 +108,17 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize("script, options, message", [
-    (mnist_corner, "--digits SVHN", "SVHN"),
-    (mnist_corner, "--digits MNIST", "downloading: no route"),
-    (mnist_corner, "--backgrounds no/such", "'no/such'. --digits synthetic"),
-    (mnist_corner, "--backgrounds TRUNCATED", "cannot load the data or write to --out"),
-    (mnist_corner, "--images 255", "--images: must be from 256 to 1000000000, got 255"),
+    (mnist_corner, "--mnist", "downloading: no route"),
+    (mnist_corner, "--tries 0", "--tries: must be from 1 to 1000, got 0"),
     (mnist_corner, "--seeds -1", "--seeds: must be from 0 to 2000000000, got -1"),
-    (mnist_corner, "--starts 4", "choose from 0, 9"),
-    (mnist_corner, "--exponent 50", "to 4"),
-    (mnist_corner, "--contrast nan", "to 1"),
-    (mnist_corner, "--prior_weight inf", "inf"),
+    (mnist_corner, "--backgrounds no/such", "--backgrounds is for --mnist"),
+    (which_prior, "--prior_exponents 50", "to 4"),
+    (which_prior, "--contrasts nan", "to 1"),
+    (which_prior, "--prior_weight inf", "inf"),
     (toy_kmeans, "--seed -1", "--seed: must be from 0 to 4294967295, got -1"),
     (toy_kmeans, "--imbalance 0.5", "--imbalance: must be from 1 to 100, got 0.5"),
     *[(script, f"{flag} {'9' * digits}", f"{flag}: must be from") for digits in (20, 400)
-      for script, flag in ((mnist_corner, "--images"), (toy_kmeans, "--seed"),
+      for script, flag in ((mnist_corner, "--tries"), (toy_kmeans, "--seed"),
                            (imbalance, "--batch_size"), (rcdm, "--steps"),
                            (which_prior, "--prototypes"), (which_prior, "--prior_exponents"))],
     *[(script, "--seeds 3 0 3", "--seeds: 3 is given twice")
@@ -148,11 +145,6 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
     no_network = Mock(side_effect=RuntimeError("downloading:\nno route"))
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
     monkeypatch.setattr("torchvision.datasets.CIFAR100", no_network)
-    (tmp_path / "photos" / "class").mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photos" / "class" / "1.jpg")
-    os.truncate(tmp_path / "photos" / "class" / "1.jpg", 500)
-    options = options.replace("TRUNCATED", str(tmp_path / "photos"))
     with pytest.raises(SystemExit, match="^2$"):
         script.main(["--out", str(tmp_path), *options.split()])
     _, line = capsys.readouterr().err.split("error: ", 1)
@@ -165,7 +157,8 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
         "volume_terms": lambda *_: {"MSN": 0.0},
         "plot_hidden_prior": None}),
     (mnist_corner, "results.json", {
-        "run_in_processes": lambda *_: [({"exponent": 0.0, "results": RESULTS}, None)],
+        "run_in_processes": lambda *_: [([{"long_tailed": "digit", "exponent": 0.0,
+                                           "results": RESULTS}], {})],
         "plot_neighbors": None}),
     (imbalance, "results.json", {
         "train": lambda *_: None, "measure": lambda *_: [0.0, 0.0], "plot": None}),
