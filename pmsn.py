@@ -152,7 +152,8 @@ def in_order_of(p_bar, log_prior):
     share k to prototype k. A cluster of the right size that forms at a prototype with another share
     can then be stuck. With this order, which is not in the paper, the KL is the smallest one over
     all K! orders of the prior (by the rearrangement inequality), and its gradient is as usual. This
-    is no remedy for the collapse that `sharpen` describes.
+    is no remedy for the collapse that `sharpen` describes. The order also follows the noise of a
+    batch. So with few images per prototype, priors that are a little too steep cost little.
     """
     ranks = p_bar.argsort().argsort()  # 0 for the smallest entry of p_bar
     return log_prior.sort().values[ranks]

@@ -29,7 +29,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 SCRIPTS = sorted(path for folder in (REPOSITORY, REPOSITORY / "extras")
                  for path in folder.glob("*.py") if path.name not in ("pmsn.py", "experiments.py"))
-COLUMNS = "digit_window background_window same_digit same_background loss"
+COLUMNS = "digit_loss background_loss same_digit same_background loss"
 RESULTS = dict.fromkeys(COLUMNS.split(), 0.5)
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train_inat.py --data" in c])
