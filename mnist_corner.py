@@ -499,8 +499,8 @@ def plot_neighbors(pictures, summary, path):
             ax.set_title(
                 f"long-tailed {long_tailed}s, {'power-law' if exponent else 'uniform'} prior\n"
                 + (f"loss of the windows: {', '.join(losses)}\n" if losses else "")
-                + ", ".join(f"neighbors with the same {what}: {share:.2f}"
-                            for what, share in shares.items()))
+                + f"neighbors: same digit {shares['digit']:.2f}, "
+                f"same background {shares['background']:.2f}")
     figure.suptitle(f"In {matches} of 4 panels, neighbors share only the feature whose frequencies "
                     "are those of the prior")
     figure.supxlabel("Each row: an image (black frame) and its nearest neighbors, last seed (green "
@@ -523,10 +523,11 @@ def plot_preference(records, references, path):
                 places = place + shift + np.linspace(-0.12, 0.12, len(tries))
                 ax.plot(places, tries, ".", color=color, alpha=0.5,
                         label="" if place else f"window with the {feature}: one dot per try")
-                for name, style in (("exact", ":"), ("lowest", "-")) if references else ():
+                for name, style, text in (("exact", ":", "exact grouping"), (
+                        "lowest", "-", "best grouping found")) if references else ():
                     loss = references[long_tailed, exponent][feature][name]
                     ax.hlines(loss, place + shift - 0.16, place + shift + 0.16, color, style,
-                              label="" if place else f"{name} grouping by the {feature}")
+                              label="" if place else f"{text}, by the {feature}")
         wins += [record["chosen"] == should_choose(long_tailed, record["exponent"])
                  for record in panel if record["exponent"] in (0, EXPONENT)]
         ax.set_xticks(range(len(exponents)), [f"{exponent:g}" for exponent in exponents])

@@ -113,6 +113,14 @@ def test_cifar_as_torchvision_gives_it(monkeypatch):
         expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
         np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
 
+def test_backgrounds_are_ten_folders(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / name / "1.png")
+    args = SimpleNamespace(**{**ARGS, "mnist": True, "backgrounds": str(tmp_path)})
+    with pytest.raises(RuntimeError, match="ten folders of images, got 3"):
+        mnist_corner.load_backgrounds(args)
+
 # ---- Windows and tries ---------------------------------------------------------------------------
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_network_sees_its_window_only(window):
