@@ -4,7 +4,7 @@ Each image has a digit in one corner and a background, so images can be grouped 
 the two features is long-tailed, and the other one is balanced. The loss of PMSN prefers the feature
 whose frequencies are those of the prior: with a power-law prior the long-tailed one, and with the
 uniform prior (MSN) the balanced one. This holds whichever of the two features is the long-tailed
-one.
+one: in 12 of 12 runs here, and in 11 of 12 with the loss exactly as in the paper (--fixed_order).
 
     python mnist_corner.py              # synthetic data, no download, two minutes on two cores
     python mnist_corner.py --quick      # the same with less training, less than a minute
@@ -21,11 +21,11 @@ the objective of K-means has. So each network has 32 tries, as K-means has sever
 So the losses are the result. What the neighbors show in figure 3 follows from the window. An
 ordinary run on whole images does not show it: it encodes both features under both priors.
 
-No label reaches the training. Not in the paper: windows and tries, the small encoder, no masking,
-and the prior in any order (`in_order_of` in pmsn.py), which --fixed_order switches off. --mnist
-needs a larger weight for the KL, and Sinkhorn.
---out gets results.json, neighbors.png (figure 3), preference.png (the loss of every try), and the
-models.
+No label reaches the training. Ours, and not the paper's: windows and tries, the small encoder, no
+masking, and the prior in any order (`in_order_of` in pmsn.py). --mnist also takes a larger weight
+for the KL, and Sinkhorn.
+--out gets results.json, neighbors.png (figure 3), the models, and but for --ordinary preference.png
+(the loss of every try).
 """
 
 import argparse
@@ -55,6 +55,7 @@ SIZE = 32  # pixels per side of an image
 # What a network sees: the first row, the first column, and the pixels per side.
 DIGIT, BACKGROUND, WHOLE = (0, 0, 16), (16, 16, 16), (0, 0, SIZE)
 LABELS = ("digit", "background")
+LINES = {"exact": ("exact grouping", ":"), "lowest": ("best grouping found", "-")}
 EXPONENT = 1.0  # of the long-tailed feature, and of the power-law prior
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # the exponents of --curve
 BATCH_SIZE, DIM = 256, 32  # images per batch, dimension of the embeddings
@@ -259,7 +260,7 @@ def schedule_of_whole_images(done):
     lr, _, _ = schedule(done)
     return lr / 2, 0.25, 0.99
 
-def train(models, schedule, epochs, data, settings, title):
+def train(models, schedule_of, epochs, data, settings, title):
     """Train all models on the same batches and views. Returns their losses in the last epoch."""
     # `data` has (images, indices into them) of the digits and of the backgrounds, without labels.
     steps_per_epoch = settings["images"] // BATCH_SIZE
@@ -269,7 +270,7 @@ def train(models, schedule, epochs, data, settings, title):
         losses = [torch.zeros(len(model.prototypes)) for model in models]  # (tries,) each
         for step, batch in enumerate(torch.randperm(settings["images"]).split(BATCH_SIZE)):
             done = (epoch + step / steps_per_epoch) / epochs  # from 0 to 1
-            lr, sharpening, ema_momentum = schedule(done)
+            lr, sharpening, ema_momentum = schedule_of(done)
             images = [bank[index[batch]] for bank, index in data]
             views = [make_view(*images, settings) for _ in range(2)]  # the target and one anchor
 
@@ -307,7 +308,7 @@ def experiment(seed, long_tailed, args):
         models[exponent, name] = WindowPMSN(windows[name], exponent, args.tries)
     title = f"{seed:>4}{long_tailed:>12}"
     losses = train(models.values(), schedule, settings["epochs"], data, settings,
-                   f"{title}  windows")
+                   f"{title}   first")
     losses = dict(zip(models, losses))
     chosen, finals = {}, []
     for exponent in args.exponents:
@@ -316,8 +317,8 @@ def experiment(seed, long_tailed, args):
         best = exponent, chosen[exponent]
         finals.append(widen(models[best], int(losses[best].argmin())))
     torch.manual_seed(seed)  # whatever the number of priors
-    whole_losses = train(finals, schedule_of_whole_images, math.ceil(settings["epochs"] / 3), data,
-                         settings, f"{title}    whole")
+    train(finals, schedule_of_whole_images, math.ceil(settings["epochs"] / 3), data, settings,
+          f"{title}  second")
 
     torch.manual_seed(seed)
     # The test images are balanced, so chance is .1 for both features.
@@ -331,17 +332,16 @@ def experiment(seed, long_tailed, args):
             "digit": digit_labels[index], "background": background}
     queries = None if args.mnist else draw_other_fonts(backgrounds, settings)
     records, pictures = [], {}
-    for final, whole_loss in zip(finals, whole_losses):
+    for final in finals:
         exponent = final.exponent
         save(as_pmsn(final).state_dict(), model_path(args.out, long_tailed, exponent, seed))
         results, features = measure(final, test, seen, queries)
         tries = {name: losses[exponent, name].tolist() for name in windows}
         results |= {f"{name}_loss": min(values) for name, values in tries.items()}
-        results["final_loss"] = whole_loss.item()
         records.append({"seed": seed, "long_tailed": long_tailed, "exponent": exponent,
                         "chosen": chosen[exponent], "results": finite(results), "tries": tries})
-        _, nearest = np.unique(test["digit"], return_index=True)  # the first image of each digit
-        _, nearest = pmsn.nearest_neighbors(features[nearest[::2]], features, 9)
+        _, first = np.unique(test["digit"], return_index=True)  # an image of each digit
+        _, nearest = pmsn.nearest_neighbors(features[first[::2]], features, 9)
         pictures[exponent] = {what: test[what][nearest].numpy() for what in ("images", *LABELS)}
     return records, pictures
 
@@ -411,54 +411,47 @@ def purity(groups, labels):
     return (counts.amax(dim=1).sum() / len(groups)).item()
 
 # ---- What a loss could be at best ----------------------------------------------------------------
-def reference_losses(long_tailed, exponent, loss_options):
-    """{feature: {"exact": ..., "lowest": ...}} for one kind of data and one prior: see below."""
-    torch.manual_seed(0)
-    prior, losses = pmsn.power_law_prior(10, exponent), {}
-    for feature in LABELS:
-        shares = pmsn.power_law_prior(10, class_exponent(feature, long_tailed))
-        # The shares of the classes in 400 batches, which are not exactly those of the data.
-        batches = shares.multinomial(400 * BATCH_SIZE, replacement=True).view(400, -1)
-        batches = F.one_hot(batches).float().mean(dim=1)  # (400, 10)
-        exact = 100 * torch.eye(10)  # logits: each class has its own prototype
-        lowest = find_grouping(shares, prior)
-        losses[feature] = {
-            "exact": loss_of_grouping(exact, batches, prior, loss_options["any_order"]),
-            "lowest": loss_of_grouping(lowest, batches, prior, loss_options["any_order"])}
-    return losses
+def reference_losses(of_classes, of_prior, any_order):
+    """Losses of a network that knows the class of each image, without any training of a network.
 
-def loss_of_grouping(table, batches, prior, any_order):
-    """The mean loss of a network that knows the class of an image, and predicts table[class]."""
+    `of_classes` and `of_prior` are the exponents of the ten classes and of the prior. "exact" is
+    the grouping in which each class has its own prototype. "lowest" is the best one that we find. It
+    can give a frequent class several prototypes, and put rare classes together.
+    """
+    torch.manual_seed(0)
+    shares, prior = (pmsn.power_law_prior(10, exponent) for exponent in (of_classes, of_prior))
+    # The shares of the classes in 400 batches, which are not exactly those of the data.
+    batches = shares.multinomial(400 * BATCH_SIZE, replacement=True).view(400, -1)
+    batches = F.one_hot(batches).float().mean(dim=1)  # (400, 10)
+    exact = loss_of_grouping(100 * torch.eye(10), batches, prior, any_order).item()
+    found = loss_of_grouping(find_grouping(shares, prior), batches, prior, any_order).item()
+    return {"exact": exact, "lowest": min(exact, found)}
+
+def loss_of_grouping(table, batches, prior, any_order=True, sharpening=0.25):
+    """The mean loss over batches (n, classes) if an image of class c has the logits table[c]."""
     log_p = table.log_softmax(dim=1)  # (classes, K)
-    p_target = pmsn.sharpen(log_p, 0.25).exp()
-    p_bar = batches @ log_p.exp()  # (batches, K)
+    p_target = pmsn.sharpen(log_p, sharpening).exp().detach()
+    p_bar = batches @ log_p.exp()  # (n, K)
     log_prior = prior.log()
     if any_order:
         log_prior = torch.vmap(pmsn.in_order_of, in_dims=(0, None))(p_bar, log_prior)
     cross_entropy = batches @ -(p_target * log_p).sum(dim=1)
     prior_kl = (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum(dim=1)
-    return (cross_entropy + prior_kl).mean().item()
+    return (cross_entropy + prior_kl).mean()
 
 def find_grouping(shares, prior, tries=100, steps=400):
-    """A grouping with a low loss of classes with these shares, (classes, K) logits.
+    """A grouping of classes with these shares with a low loss: logits (classes, K).
 
-    It can give a frequent class several prototypes, and put rare classes together. We search by
-    gradient descent, from many random tables. No window that shows nothing but the class can do
-    much better, because nothing is learned here: the table is free.
+    We search by gradient descent from many random tables. Nothing is learned here, and every table
+    is possible. So a window that shows nothing but the class can hardly have a lower loss.
     """
     tables = (3 * torch.randn(tries, 10, 10)).requires_grad_()
     optimizer = torch.optim.Adam([tables], lr=0.05)
-
-    def loss_of(table, sharpening):
-        log_p = table.log_softmax(dim=1)  # (classes, K)
-        p_target = pmsn.sharpen(log_p, sharpening).exp().detach()
-        p_bar = shares @ log_p.exp()
-        log_prior = pmsn.in_order_of(p_bar, prior.log())
-        return shares @ -(p_target * log_p).sum(dim=1) + (p_bar * (p_bar.log() - log_prior)).sum()
-
     for step in range(steps):
         sharpening = max(0.25, 1 - 1.5 * step / steps)  # from soft targets on, as in `schedule`
-        losses = torch.vmap(functools.partial(loss_of, sharpening=sharpening))(tables)
+        loss = functools.partial(loss_of_grouping, batches=shares[None], prior=prior,
+                                 sharpening=sharpening)
+        losses = torch.vmap(loss)(tables)
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
@@ -470,8 +463,8 @@ def find_grouping(shares, prior, tries=100, steps=400):
 # ---- Figures -------------------------------------------------------------------------------------
 def should_choose(long_tailed, exponent):
     """The feature that matches the prior."""
-    other = {"digit": "background", "background": "digit"}[long_tailed]
-    return long_tailed if exponent else other
+    balanced = "background" if long_tailed == "digit" else "digit"
+    return long_tailed if exponent else balanced
 
 def plot_neighbors(pictures, summary, path):
     """Figure 3, two by two: which feature is long-tailed, and which prior."""
@@ -501,15 +494,15 @@ def plot_neighbors(pictures, summary, path):
                 + (f"loss of the windows: {', '.join(losses)}\n" if losses else "")
                 + f"neighbors: same digit {shares['digit']:.2f}, "
                 f"same background {shares['background']:.2f}")
-    figure.suptitle(f"In {matches} of 4 panels, neighbors share only the feature whose frequencies "
-                    "are those of the prior")
+    figure.suptitle(f"In {matches} of 4 panels, most neighbors share the feature whose frequencies "
+                    "are those of the prior, and not the other one")
     figure.supxlabel("Each row: an image (black frame) and its nearest neighbors, last seed (green "
                      "above: same digit, blue below: same background).\n"
                      f"Numbers: means over n = {number_of_seeds(summary)} seeds")
     figure.savefig(path)
 
 def plot_preference(records, references, path):
-    """The loss of every try on both windows, and what a loss could be."""
+    """The loss of every try on both windows, and the reference losses."""
     exponents = sorted({record["exponent"] for record in records})
     figure = Figure(figsize=(6.5 + len(exponents), 6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -523,9 +516,9 @@ def plot_preference(records, references, path):
                 places = place + shift + np.linspace(-0.12, 0.12, len(tries))
                 ax.plot(places, tries, ".", color=color, alpha=0.5,
                         label="" if place else f"window with the {feature}: one dot per try")
-                for name, style, text in (("exact", ":", "exact grouping"), (
-                        "lowest", "-", "best grouping found")) if references else ():
-                    loss = references[long_tailed, exponent][feature][name]
+                arm = class_exponent(feature, long_tailed), exponent
+                for name, loss in references.get(arm, {}).items():
+                    text, style = LINES[name]
                     ax.hlines(loss, place + shift - 0.16, place + shift + 0.16, color, style,
                               label="" if place else f"{text}, by the {feature}")
         wins += [record["chosen"] == should_choose(long_tailed, record["exponent"])
@@ -556,7 +549,7 @@ def main(argv=None):
     add("--curve", action="store_true", help="seven priors instead of two")
     add("--ordinary", action="store_true", help="one network with one try, on whole images")
     add("--tries", type=number(int, 1, 1000), default=32, help="heads and prototypes per network")
-    add("--fixed_order", action="store_true", help="without pmsn.in_order_of, as the paper")
+    add("--fixed_order", action="store_true", help="share k for prototype k, as in the paper")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
     add("--quick", action="store_true", help="fewer images and epochs, in less than a minute")
     args = parse(parser, argv)
@@ -576,18 +569,17 @@ def main(argv=None):
     jobs = list(itertools.product(args.seeds, LABELS))
     references = {}
     if not args.mnist and not args.ordinary:  # They are for classes that a network knows exactly.
-        references = {(long_tailed, exponent): reference_losses(long_tailed, exponent,
-                                                                settings["loss_options"])
-                      for long_tailed, exponent in itertools.product(LABELS, args.exponents)}
-    windows = "of the whole image" if args.ordinary else "of the digit and of the background window"
+        references = {arm: reference_losses(*arm, not args.fixed_order)
+                      for arm in itertools.product((EXPONENT, 0.0), args.exponents)}
+    windows = "the whole image" if args.ordinary else "the digit's and the background's window"
     print(f"Lowest loss of each network, for the priors {', '.join(map(str, args.exponents))}.\n"
-          f"windows: {windows} for each prior. whole: of the winner for each prior\n"
-          "seed long-tailed    stage epoch   left   losses", flush=True)
+          f"First part: {windows}, for each prior. Second part: the winner for each prior\n"
+          "seed long-tailed    part epoch   left   losses", flush=True)
     found = run_in_processes(experiment, jobs, args)
     records = sum((records for records, _ in found), [])
     config = {**vars(args), **settings, "torch": torch.__version__}
-    config["references"] = [{"long_tailed": long_tailed, "exponent": exponent, **losses}
-                            for (long_tailed, exponent), losses in references.items()]
+    config["references"] = [{"of_classes": of_classes, "of_prior": of_prior, **losses}
+                            for (of_classes, of_prior), losses in references.items()]
     # The results come first. Nothing that goes wrong with the table or a figure can lose them.
     save({"config": config, "runs": records}, args.out / "results.json")
     summary = summarize(records, key=lambda record: (record["long_tailed"], record["exponent"]))
@@ -601,10 +593,10 @@ def main(argv=None):
         print(f"{long_tailed:>11}{exponent:>6.2f}"
               + "".join(f"{cell(row, column):>21}" for column in columns))
     if references:
-        print("\nWhat the two losses could be: of the exact grouping, and the lowest that we find")
-    for (long_tailed, exponent), features in references.items():
-        print(f"{long_tailed:>11}{exponent:>6.2f}" + "".join(
-            f"{losses['exact']:>13.3f}{losses['lowest']:>8.3f}" for losses in features.values()))
+        print("\nWhat a loss could be\nclasses prior   exact grouping   lowest that we find")
+    for (of_classes, of_prior), losses in references.items():
+        print(f"{of_classes:>7.2f}{of_prior:>6.2f}{losses['exact']:>17.3f}"
+              f"{losses['lowest']:>22.3f}")
     pictures = {(records[0]["long_tailed"], exponent): picture
                 for records, of_job in found for exponent, picture in of_job.items()}
     plot_neighbors(pictures, summary, args.out / "neighbors.png")  # of the last seed

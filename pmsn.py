@@ -153,7 +153,8 @@ def in_order_of(p_bar, log_prior):
     can then be stuck. With this order, which is not in the paper, the KL is the smallest one over
     all K! orders of the prior (by the rearrangement inequality), and its gradient is as usual. This
     is no remedy for the collapse that `sharpen` describes. The order also follows the noise of a
-    batch. So with few images per prototype, priors that are a little too steep cost little.
+    batch, which favors priors that are a little too steep: with 26 images per prototype, balanced
+    clusters have a lower KL under the exponent .25 than under the uniform prior.
     """
     ranks = p_bar.argsort().argsort()  # 0 for the smallest entry of p_bar
     return log_prior.sort().values[ranks]
