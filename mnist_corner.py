@@ -415,8 +415,8 @@ def reference_losses(of_classes, of_prior, any_order):
     """Losses of a network that knows the class of each image, without any training of a network.
 
     `of_classes` and `of_prior` are the exponents of the ten classes and of the prior. "exact" is
-    the grouping in which each class has its own prototype. "lowest" is the best one that we find. It
-    can give a frequent class several prototypes, and put rare classes together.
+    the grouping in which each class has its own prototype. "lowest" is the best one that we find:
+    it can give a frequent class several prototypes, and put rare classes together.
     """
     torch.manual_seed(0)
     shares, prior = (pmsn.power_law_prior(10, exponent) for exponent in (of_classes, of_prior))
