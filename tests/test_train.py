@@ -331,8 +331,9 @@ def test_defaults_are_the_published_recipe(tmp_path):
     args = arguments(tmp_path)
     expected = dict(model="vit_small", patch_size=16, image_size=224, focal_size=96, lr=1e-3,
                     focal_views=10, patch_drop=0.15, prototypes=1024, batch_size=1024, epochs=300,
-                    ema_momentum=0.996, exponent=0.25, prior="power_law", sinkhorn_iterations=0)
-    assert expected.items() <= vars(args).items() and len(vars(args)) <= 26
+                    ema_momentum=0.996, exponent=0.25, prior="power_law", sinkhorn_iterations=0,
+                    relative_sharpening=False, any_order=False)
+    assert expected.items() <= vars(args).items() and len(vars(args)) <= 27
     # The crops are those of pmsn.multi_crop, and half of the views are blurred.
     crop, color_options = train_inat.view_options(args)
     image = torch.zeros(3, 300, 300, dtype=torch.uint8)
