@@ -72,15 +72,16 @@ def load_digits(args):
     if args.mnist:
         splits = [torchvision.datasets.MNIST(args.root, train, download=True)
                   for train in (True, False)]
-        splits = [(split.data[:, None] / 255, split.targets) for split in splits]
-    else:
-        # Only one font: groups of letters in different fonts would have sizes that fit any prior.
-        splits = [draw_digits("DejaVuSans")] * 2
-    return [(v2.functional.resize(images, 20, antialias=True), labels) for images, labels in splits]
+        return [(shrink(split.data[:, None] / 255), split.targets) for split in splits]
+    # Only one font: groups of letters in different fonts would have sizes that fit any prior.
+    return [draw_digits("DejaVuSans")] * 2
 
 def draw_digits(font):
     images = draw("0123456789", [font], (40, 29))  # All digits get the same height.
-    return F.pad(images / 255, (0, 0, 5, 6)), torch.arange(10)
+    return shrink(F.pad(images / 255, (0, 0, 5, 6))), torch.arange(10)
+
+def shrink(images):
+    return v2.functional.resize(images, 20, antialias=True)
 
 def draw(characters, fonts, size):
     """White on black, in fonts that come with matplotlib: (fonts * characters, 1, h, w), uint8."""
@@ -374,7 +375,7 @@ def make_model(encoder, num_prototypes, exponent, dim=DIM):  # also for extras
 def draw_other_fonts(backgrounds, settings):
     """1,000 images with digits of two fonts that are not in the training, and their labels."""
     glyphs, labels = zip(*[draw_digits(font) for font in ("DejaVuSerif", "STIXGeneral")])
-    glyphs = v2.functional.resize(torch.cat(glyphs), 20, antialias=True)
+    glyphs = torch.cat(glyphs)
     index = torch.arange(20).repeat(50)
     backgrounds = backgrounds[torch.randint(10, index.shape)]
     return make_view(glyphs[index], backgrounds, settings), torch.cat(labels)[index]
@@ -401,14 +402,19 @@ def agreement(features, labels):
     _, nearest = pmsn.nearest_neighbors(features, features, 11)
     return (labels[nearest[:, 1:]] == labels[:, None]).float().mean().item()
 
-def purity(groups, labels):
+def purity(groups, labels, weights=None):
     """The share of images that have the most frequent label of their group.
 
-    It is at least the share of the most frequent label: .34 for a long-tailed feature.
+    Groups (N,) and labels (N,) are integers. This is a weighted mean over the groups, with their
+    sizes as weights if there are no `weights` (groups,). With these it is at least the share of the
+    most frequent label: .34 for a long-tailed feature.
     """
-    counts = torch.zeros(int(groups.max()) + 1, int(labels.max()) + 1)
+    if weights is None:
+        weights = groups.bincount() / len(groups)
+    counts = torch.zeros(len(weights), int(labels.max()) + 1)
     counts.index_put_((groups, labels), torch.ones(()), accumulate=True)
-    return (counts.amax(dim=1).sum() / len(groups)).item()
+    most_frequent = counts.amax(dim=1) / counts.sum(dim=1).clamp_min(1)
+    return (weights @ most_frequent).item()
 
 # ---- What a loss could be at best ----------------------------------------------------------------
 def reference_losses(of_classes, of_prior, any_order):
@@ -434,7 +440,7 @@ def loss_of_grouping(table, batches, prior, any_order=True, sharpening=0.25):
     p_bar = batches @ log_p.exp()  # (n, K)
     log_prior = prior.log()
     if any_order:
-        log_prior = torch.vmap(pmsn.in_order_of, in_dims=(0, None))(p_bar, log_prior)
+        log_prior = pmsn.in_order_of(p_bar, log_prior)  # for each batch
     cross_entropy = batches @ -(p_target * log_p).sum(dim=1)
     prior_kl = (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum(dim=1)
     return (cross_entropy + prior_kl).mean()

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
 from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
                          run_in_processes, save, summarize)
-from mnist_corner import DIM, EXPONENT, LABELS, model_path
+from mnist_corner import DIM, EXPONENT, LABELS, model_path, purity
 
 BATCH_SIZE = 128
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(F.silu(h))
 
 class UNet(nn.Module):
-    """Noisy images (B, 1, 32, 32), times (B,), projections (B, DIM) -> velocities (B, 1, 32, 32)."""
+    """Noisy images (B, 1, 32, 32), times (B,), projections (B, DIM) -> velocities of the images."""
     def __init__(self):
         super().__init__()
         self.condition = nn.Sequential(
@@ -220,9 +220,9 @@ def experiment(seed, exponent, args):
     found, test_found = classify(classifier, samples), classify(classifier, test_images)
     for what in LABELS:
         chance = labels[what][: len(samples)]  # labels of any images
-        results[f"{what}_of_samples"] = constancy(drawn_from, found[what], shares)
-        results[f"{what}_by_chance"] = constancy(drawn_from, chance, shares)
-        results[f"{what}_of_images"] = constancy(groups, labels[what], shares)
+        results[f"{what}_of_samples"] = purity(drawn_from, found[what], shares)
+        results[f"{what}_by_chance"] = purity(drawn_from, chance, shares)
+        results[f"{what}_of_images"] = purity(groups, labels[what], shares)
         right = test_found[what] == test_labels[what]
         results[f"{what}_accuracy"] = right.float().mean().item()
     record = {"seed": seed, "exponent": exponent, "results": finite(results),
@@ -241,16 +241,6 @@ def experiment(seed, exponent, args):
 def classify(network, images):
     outputs = torch.cat([network(part) for part in images.split(1000)])
     return dict(zip(LABELS, outputs.argmax(dim=2).T))
-
-def constancy(groups, labels, weights):
-    """How often an image has the most frequent label of its group: a weighted mean over groups.
-
-    Groups (N,) and labels (N,) are integers, and each group has a weight (groups,).
-    """
-    counts = torch.zeros(len(weights), int(labels.max()) + 1)
-    counts.index_put_((groups, labels), torch.ones(()), accumulate=True)
-    most_frequent = counts.amax(dim=1) / counts.sum(dim=1).clamp_min(1)
-    return (weights @ most_frequent).item()
 
 # ---- Figures -------------------------------------------------------------------------------------
 def show(ax, images):

@@ -252,7 +252,8 @@ def main(argv=None):
     add("--data_exponents", type=power, nargs="+", default=[0.0, 1.0], help="class frequencies")
     add("--contrasts", type=number(float, 0, 1), nargs="+", default=[0.0, 0.7], help="of gratings")
     add("--prior_exponents", type=power, nargs="+", default=[0.0, 0.5, 1.0], help="of the priors")
-    add("--methods", choices=METHODS, nargs="+", default=["plain", "both"], help="options of the loss")
+    add("--methods", choices=METHODS, nargs="+", default=["plain", "both"],
+        help="options of the loss")
     add("--map", action="store_true", help="a larger choice of these four")
     add("--classes", type=number(int, 3, 64), default=64, help="letters and symbols")
     add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")

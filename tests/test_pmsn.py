@@ -127,7 +127,7 @@ def test_gradient_is_the_one_with_constant_targets():
     close(q.grad, prototypes.grad, 1e-7)
 
 def test_the_prior_in_any_order_is_the_best_of_all_orders():
-    """All 120 orders of five shares: it has the lowest KL and its gradient, whatever it is given."""
+    """Of all 120 orders of five shares: the lowest KL and its gradient, whatever it is given."""
     inputs = [x.requires_grad_() for x in random_inputs()]
     shares = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
     plain = []

@@ -87,10 +87,10 @@ def test_a_model_trained_on_two_projections_draws_the_right_image():
     for row in (0, 1):
         assert (distance[row, :, row] < 0.5 * distance[row, :, 1 - row]).all()
 
-def test_constancy_by_hand():
+def test_weighted_purity_by_hand():
     groups = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     labels = torch.tensor([5, 5, 2, 0, 1, 2, 3])  # two of three, one of four
-    found = rcdm.constancy(groups, labels, torch.tensor([0.75, 0.25]))
+    found = rcdm.purity(groups, labels, torch.tensor([0.75, 0.25]))
     assert found == pytest.approx(0.75 * 2 / 3 + 0.25 / 4)
 
 def test_measures_of_perfect_samples(tmp_path, monkeypatch):
