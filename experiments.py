@@ -4,7 +4,6 @@ Each experiment is a function of a seed and more. It runs once per job, in sever
 gives numbers. Here they become means and standard deviations over the seeds.
 """
 
-import itertools
 import json
 import math
 import multiprocessing
@@ -12,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
 import torch
@@ -30,23 +29,56 @@ def parse(parser, argv):
                 parser.error(f"argument --{name}: {value} is given twice")
     return args
 
-def run_in_processes(experiment, jobs, args):
-    """The results of experiment(*job, args) for all jobs, by `args.workers` processes."""
-    began, results = time.time(), []
+def run_in_processes(experiment, jobs, args, keep=lambda job, result: None):
+    """The results of experiment(*job, args) for all jobs, by `args.workers` processes.
+
+    keep(job, result) is called as soon as a job is done.
+    """
+    began = time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"),
                              initializer=end_with_parent) as pool:
         try:
-            for result in pool.map(experiment, *zip(*jobs), itertools.repeat(args)):
-                results.append(result)
-                left = (time.time() - began) * (len(jobs) / len(results) - 1)
-                print(f"{len(results)} of {len(jobs)} runs done, about {left:.0f} s left",
-                      flush=True)
+            futures = {pool.submit(experiment, *job, args): job for job in jobs}
+            for done, future in enumerate(as_completed(futures), start=1):
+                keep(futures[future], future.result())
+                left = (time.time() - began) * (len(jobs) / done - 1)
+                print(f"{done} of {len(jobs)} runs done, about {left:.0f} s left", flush=True)
         except BaseException:  # an error, or KeyboardInterrupt
             for process in multiprocessing.active_children():
                 process.kill()
             raise
-    return results
+    return [future.result() for future in futures]
+
+def run_or_continue(experiment, jobs, args, config, path):
+    """The runs of all jobs. They are in the file `path` as soon as a job is done.
+
+    experiment(*job, args) gives a list of runs, which are dictionaries. Jobs that are in the file
+    already are not repeated, so the same command continues after a kill, and a command with more
+    seeds adds to the file. Raises ValueError if the file has another `config`, which is all that
+    these runs have in common.
+    """
+    config = json.loads(json.dumps(config, default=str))  # as it looks in the file
+    runs = []
+    if path.exists():
+        try:
+            content = json.loads(path.read_text())
+            found, runs = content["config"], content["runs"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is not a file of results: move it away") from None
+        other = [name for name in config | found if config.get(name) != found.get(name)]
+        if other:
+            raise ValueError(f"{path} has results with another {', '.join(other)}: use another "
+                             "--out, or move it away")
+
+    def keep(job, result):
+        runs.extend({"job": list(job), **run} for run in result)
+        save({"config": config, "runs": runs}, path)
+
+    finished = [run["job"] for run in runs]
+    run_in_processes(experiment, [job for job in jobs if list(job) not in finished], args, keep)
+    # The file can have more jobs. The table of this command has its own, in their order.
+    return [run for job in jobs for run in runs if run["job"] == list(job)]
 
 def end_with_parent():
     """Let this worker end when its parent ends, also if the parent is killed and cannot tell it."""

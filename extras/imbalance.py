@@ -2,23 +2,32 @@
 
 The paper trains on the same images twice: mini-batches hold all classes, or only a few of them.
 SimCLR, VICReg, SwAV and MSN have a volume term, which spreads every mini-batch evenly. The class
-cannot spread a mini-batch of two classes, so other features must, and the class is lost. MAE and
+cannot spread a mini-batch of one class, so other features must, and the class is lost. MAE and
 data2vec have no volume term and should lose little.
 
     python extras/imbalance.py                    # synthetic images, no download
-    python extras/imbalance.py --data CIFAR10     # or a folder with train and test
+    python extras/imbalance.py --data CIFAR10 --images 20000 --epochs 6 --classes_per_batch 2 1
     python extras/imbalance.py --quick            # a short run from end to end
 
-The results go to results.json and imbalance.png in --out.
-All methods share a small vision transformer, the views, the training loop and a linear probe, and
-run on the CPU. In the paper SimCLR trains a ResNet-50 on mini-batches of 4096 images of ImageNet.
+--data is synthetic, CIFAR10, or a folder with train/<class> and test/<class>. --out gets
+results.json and imbalance.png. A run is in results.json as soon as it is done, and the same command
+continues from there.
+
+SimCLR, VICReg, SwAV and MSN train a small ResNet, and MAE and data2vec a small vision transformer,
+because they hide patches. All share images, mini-batches, optimizer and linear probe. In the paper
+SimCLR trains a ResNet-50 on mini-batches of 4096 images of ImageNet, and MSN a vision transformer.
+
+Two arms are ours. SimCLR-GroupNorm has no BatchNorm, whose statistics come from one class too. PMSN
+is MSN with a steep prior in any order: a mini-batch of one class may then use few prototypes.
 """
 
 import argparse
 import copy
+import functools
+import itertools
 import math
+import multiprocessing
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,24 +35,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import default_collate
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from experiments import Figure, number, parse, print_any_text, save
+from experiments import (Figure, cell, number, number_of_seeds, parse, print_any_text,
+                         run_or_continue, summarize)
 
-# These rates gave the best class accuracy with balanced mini-batches. A third of each and three
-# times each were worse. An earlier version of this script chose them, on other synthetic images.
-RATES = {"SimCLR": 1e-3, "VICReg": 1e-3, "SwAV": 1e-3, "MSN": 3e-4, "MAE": 3e-3, "data2vec": 3e-3}
-# Epochs per epoch of SimCLR. With these all methods train for about the same time on a CPU.
-EPOCH_FACTORS = {"SimCLR": 1, "VICReg": 1, "SwAV": 1, "MSN": 1.5, "MAE": 2.5, "data2vec": 1.5}
 VOLUME = ("SimCLR", "VICReg", "SwAV", "MSN")
 GROUPS = {"with a volume term": VOLUME, "without one": ("MAE", "data2vec")}
 TASKS = ("class", "luminance", "color", "orientation")  # the last three are low-level
-SIZE, PATCH = 32, 8  # pixels
+SIZE, PATCH = 32, 4  # pixels
 
 # ---- Data: images, their classes, and what is low-level about them -------------------------------
 def synthetic_images(count, seed):
@@ -96,50 +103,68 @@ def low_level(images):
         "orientation": squares.angle().abs() / 2,
     }
 
-def load_data(args):
+@functools.cache  # A process loads the images once, for all of its runs.
+def load_data(data, root, count):
     """Training images uint8 (N, 3, 32, 32) and {task: labels (N,)}, then the same for testing.
 
     Image i has class i % C. Low-level labels are five bins, equally full for training images.
     """
-    if args.data == "synthetic":
+    if data == "synthetic":
         num_classes = 10
-        sets = [synthetic_images(args.images // 10 * 10, seed) for seed in (0, 1)]
+        sets = [synthetic_images(count // 10 * 10, seed) for seed in (0, 1)]
     else:
-        if args.data == "CIFAR10":
-            splits = [CIFAR10(args.root, train, download=True) for train in (True, False)]
+        if data == "CIFAR10":
+            splits = [CIFAR10(root, train, download=True) for train in (True, False)]
         else:
-            splits = [ImageFolder(Path(args.data, name)) for name in ("train", "test")]
+            splits = [ImageFolder(Path(data, name)) for name in ("train", "test")]
         if splits[0].classes != splits[1].classes:
             raise ValueError("training and test images have different classes")
         num_classes = len(splits[0].classes)
-        sets = [read_images(split, args.images // num_classes) for split in splits]
+        sets = [read_images(split, count // num_classes) for split in splits]
     labels = [{"class": torch.arange(len(images)) % num_classes} for images in sets]
     training_values, test_values = low_level(sets[0]), low_level(sets[1])
-    for task in args.tasks[1:]:
+    for task in TASKS[1:]:
         edges = training_values[task].quantile(torch.arange(1, 5) / 5)
         labels[0][task] = torch.bucketize(training_values[task], edges)
         labels[1][task] = torch.bucketize(test_values[task], edges)
     return sets[0], labels[0], sets[1], labels[1]
 
-def read_images(dataset, per_class):
-    """Images of a torchvision dataset, the same number of each class and the classes in turn."""
+def read_images(dataset, per_class=None):
+    """Images of a torchvision dataset, the same number of each class and the classes in turn.
+
+    uint8 (N, 3, 32, 32). Without `per_class`, as many as the smallest class has.
+    """
     uniform = pmsn.power_law_prior(len(dataset.classes), 0.0)
     index = pmsn.long_tail_indices(torch.tensor(dataset.targets), uniform)
     index = index.view(len(uniform), -1)[:, :per_class]  # (C, n)
     images = [dataset[i][0].resize((SIZE, SIZE)) for i in index.T.flatten().tolist()]
     return torch.stack([v2.functional.pil_to_tensor(image) for image in images])
 
-# ---- Methods: modules that map two views, (B, 3, 32, 32) each, to (loss, terms) ------------------
-def make_encoder():
+# ---- Encoders ------------------------------------------------------------------------------------
+def make_resnet(norm=nn.BatchNorm2d):
+    """A small ResNet, (B, 3, 32, 32) -> (B, 128). `norm` maps a number of channels to a layer."""
+    def block(inputs, outputs):  # half as many positions per side
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), norm(outputs))
+        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut, norm_layer=norm)
+
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, stride=2, padding=1, bias=False), norm(32), nn.ReLU(),  # 16 x 16
+        block(32, 64), block(64, 128),  # 8 x 8, 4 x 4
+        nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def group_norm(channels):
+    return nn.GroupNorm(8, channels)
+
+def make_vit():
     return pmsn.VisionTransformer(SIZE, PATCH, embed_dim=96, depth=3, num_heads=3)
 
+# ---- Methods: modules that map two views, (B, 3, 32, 32) each, to (loss, terms) ------------------
 class TwoViews(nn.Module):
     """SimCLR, VICReg and SwAV: a loss on the embeddings of both views. SwAV has prototypes too."""
 
-    def __init__(self, loss, output_dim, prototypes=()):
+    def __init__(self, loss, prototypes=()):
         super().__init__()
-        self.encoder, self.loss = make_encoder(), loss
-        self.head = pmsn.projection_head(self.encoder.embed_dim, 256, output_dim)
+        self.encoder, self.head, self.loss = make_resnet(), make_head(), loss
         self.prototypes = nn.ParameterList(prototypes)
 
     def forward(self, views):
@@ -147,12 +172,32 @@ class TwoViews(nn.Module):
         first, second = embeddings.chunk(2)
         return self.loss(first, second, *self.prototypes)
 
+def make_head():
+    return pmsn.projection_head(128, 256, 128)
+
+def simclr():
+    return TwoViews(functools.partial(pmsn.simclr_loss, temperature=0.2))
+
+def simclr_group_norm():
+    """SimCLR without BatchNorm, in the encoder and in the head."""
+    method = simclr()
+    method.encoder = make_resnet(group_norm)
+    for place, layer in enumerate(method.head):
+        if isinstance(layer, nn.BatchNorm1d):
+            method.head[place] = group_norm(layer.num_features)
+    return method
+
+def masked_siamese(exponent):
+    """MSN, or PMSN if the exponent of the prior is not 0. It masks no patches of the ResNet."""
+    prior = pmsn.power_law_prior(64, exponent)
+    return pmsn.PMSN(make_resnet(), prior, head=make_head(), output_dim=128, patch_drop=0)
+
 class MAE(nn.Module):
     """Masked autoencoder (He et al., 2022): a quarter of the patches predicts the other pixels."""
 
     def __init__(self, width=64):
         super().__init__()
-        self.encoder = make_encoder()
+        self.encoder = make_vit()
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.decoder_pos_embed = nn.Parameter(0.02 * torch.randn((SIZE // PATCH) ** 2, width))
@@ -191,7 +236,7 @@ class Data2Vec(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = make_encoder()
+        self.encoder = make_vit()
         self.mask_token = nn.Parameter(0.02 * torch.randn(self.encoder.embed_dim))
         self.head = nn.Linear(self.encoder.embed_dim, self.encoder.embed_dim)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -218,178 +263,222 @@ def data2vec_loss(predictions, outputs, hidden):
     targets = F.layer_norm(targets, targets.shape[-1:])
     return (predictions - targets).square().mean(dim=-1)[hidden].mean()
 
+# For each method the module and the learning rate. The rates gave the best class accuracy with
+# balanced mini-batches, on another seed.
 METHODS = {
-    "SimCLR": lambda: TwoViews(pmsn.simclr_loss, 128),
-    "VICReg": lambda: TwoViews(pmsn.vicreg_loss, 64),
-    "SwAV": lambda: TwoViews(pmsn.swav_loss, 128, [torch.randn(20, 128)]),
-    "MSN": lambda: pmsn.PMSN(make_encoder(), pmsn.power_law_prior(20, 0.0),
-                             head=pmsn.projection_head(96, 256)),
-    "MAE": MAE,
-    "data2vec": Data2Vec,
+    "SimCLR": (simclr, 2e-3),
+    "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 2e-3),
+    "SwAV": (lambda: TwoViews(pmsn.swav_loss, [torch.randn(64, 128)]), 2e-3),
+    "MSN": (lambda: masked_siamese(exponent=0.0), 2e-3),
+    "MAE": (MAE, 3e-3),
+    "data2vec": (Data2Vec, 3e-3),
+    "SimCLR-GroupNorm": (simclr_group_norm, 2e-3),
+    # With exponent 2 a mini-batch uses 5 of 64 prototypes, about as many as there are per class.
+    "PMSN": (lambda: masked_siamese(exponent=2.0), 2e-3),
 }
+LOSS_OPTIONS = {"PMSN": {"any_order": True}}
+UNTRAINED = {"random ResNet": make_resnet, "random ViT": make_vit, "raw pixels": lambda: None}
 
 # ---- Training: one loop for all methods ----------------------------------------------------------
-def train(parser, args, name, images, sampler, seed):
+def train(name, images, sampler, seed, args):
     """The trained encoder. Only the sampler knows the classes: it makes the mini-batches."""
     torch.manual_seed(seed)
-    method = METHODS[name]()
+    make_method, best_lr = METHODS[name]
+    method = make_method().to(memory_format=torch.channels_last)  # faster on CPUs
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     sampler.seed = seed
-    epochs = math.ceil(args.epochs * EPOCH_FACTORS[name])
-    steps, began = epochs * len(sampler), time.time()
-    for epoch in range(1, epochs + 1):
+    steps, began = args.epochs * len(sampler), time.time()
+    for epoch in range(1, args.epochs + 1):
         sampler.set_epoch(epoch)
         losses = []
         for step, batch in enumerate(sampler, start=(epoch - 1) * len(sampler)):
             # The learning rate rises over the first tenth and follows a cosine to zero.
             rise = min(1.0, (step + 1) / (0.1 * steps))
             fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            optimizer.param_groups[0]["lr"] = (args.lr or RATES[name]) * rise * fall
+            optimizer.param_groups[0]["lr"] = (args.lr or best_lr) * rise * fall
 
             # Two random crops of each image, in random colors. 32 pixels are too few to blur.
-            # Cropping one image at a time takes a fifth of a step of SimCLR.
-            crops = [pmsn.multi_crop(image, rand_size=SIZE, focal_views=0, rand_scale=(0.3, 1.0))
+            crops = [pmsn.multi_crop(image, rand_size=SIZE, focal_views=0, rand_scale=(0.2, 1.0))
                      for image in images[batch]]
             views = pmsn.make_views(default_collate(crops), blur_p=0.0)
 
-            loss, _ = method(views)
+            loss, _ = method(views, **LOSS_OPTIONS.get(name, {}))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 3.0)
             optimizer.step()
-            # Only MSN and data2vec have a target network.
+            # Only MSN, PMSN and data2vec have a target network.
             if hasattr(method, "update_target"):
                 method.update_target(ema_momentum=0.99)
             losses.append(loss.item())
         mean_loss = np.mean(losses)
         if not math.isfinite(mean_loss):
-            parser.error(f"the loss of {name} is not finite in epoch {epoch}: try a lower --lr")
-        left = round((time.time() - began) * (epochs - epoch) / epoch)
-        print(f"{seed:>4}  {name:<9} {sampler.classes_per_batch:>17} {epoch:>5}/{epochs:<4} "
+            raise ValueError(f"the loss of {name} is not finite in epoch {epoch}: try a lower --lr")
+        left = round((time.time() - began) * (args.epochs - epoch) / epoch)
+        print(f"{seed:>4}  {name:<17} {sampler.classes_per_batch:>17} {epoch:>5}/{args.epochs:<4} "
               f"{mean_loss:>9.4f} {left // 60:>8}:{left % 60:02}", flush=True)
     return method.encoder
 
 # ---- Measuring -----------------------------------------------------------------------------------
+def normalize(images):
+    """uint8 (N, 3, H, W) as an encoder expects them."""
+    images = v2.functional.to_dtype(images, torch.float32, scale=True)
+    return v2.functional.normalize(images, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
+
 @torch.no_grad()
 def features(encoder, images):
-    """Frozen features (N, 2 * dim): CLS and the mean over patches. None gives 8 x 8 pixels."""
-    images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    images = v2.functional.normalize(images, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
+    """Frozen features (N, dim) of uint8 images. A ViT gives [CLS, mean over patches].
+
+    Without an encoder they are the images at 8 x 8 pixels.
+    """
     if encoder is None:
-        return F.avg_pool2d(images, 4).flatten(1)
-    tokens = run_blocks(encoder, encoder.embed_patches(images))[-1]
-    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+        return F.avg_pool2d(normalize(images), 4).flatten(1)
+    if isinstance(encoder, pmsn.VisionTransformer):
+        def run(x):
+            tokens = run_blocks(encoder, encoder.embed_patches(x))[-1]
+            return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+    else:
+        run = encoder.eval()
+    return torch.cat([run(normalize(part)) for part in images.split(500)])
 
 def measure(encoder, images, labels, test_images, test_labels):
-    """The accuracy of a linear probe for each task, in %. Labels are {task: labels (N,)}."""
+    """{task: accuracy of a linear probe}, and k-NN for the class. Labels are {task: labels (N,)}.
+
+    In each mini-batch here the classes are balanced. BatchNorm takes its statistics from them
+    again, because in training they may come from one class at a time.
+    """
+    if encoder is not None:
+        update_bn((normalize(part) for part in images.split(500)), encoder)
     x, test_x = features(encoder, images), features(encoder, test_images)
-    accuracies = []
+    found = {"knn": pmsn.knn_predictions(x, labels["class"], test_x) == test_labels["class"]}
     for task in labels:
-        correct = pmsn.linear_probe(x, labels[task], test_x) == test_labels[task]
-        accuracies.append(100 * correct.double().mean().item())
-    return accuracies
+        found[task] = pmsn.linear_probe(x, labels[task], test_x) == test_labels[task]
+    return {task: right.double().mean().item() for task, right in found.items()}
 
-def summarize(scores, untrained):
-    """{row: (seeds, 6)}: the class accuracy of both runs, and the accuracy lost for each task."""
-    table = {}
-    for name, runs in scores.items():
-        accuracy = np.array(runs)  # (seeds, balanced and imbalanced, tasks)
-        lost = accuracy[:, 0] - accuracy[:, 1]
-        table[name] = np.column_stack([accuracy[:, :, 0], lost])
-    # A method has learned if it beats a random encoder by 5 points. The others cannot lose much.
-    for group, names in GROUPS.items():
-        rows = [row for name, row in table.items()
-                if name in names and row[:, 0].mean() >= untrained + 5]
-        if rows:
-            table[group] = np.mean(rows, axis=0)
-    if all(group in table for group in GROUPS):
-        table["difference"] = table["with a volume term"] - table["without one"]
-    return table
+def experiment(seed, name, classes_per_batch, args):
+    """One encoder, trained and measured."""
+    torch.set_num_threads(1)  # Several runs side by side are faster than several threads.
+    began = time.time()
+    data = load_data(args.data, args.root, args.images)
+    images, labels = data[:2]
+    if name in UNTRAINED:
+        torch.manual_seed(seed)
+        encoder = UNTRAINED[name]()
+    else:
+        sampler = pmsn.ClassBatchSampler(labels["class"], args.batch_size, classes_per_batch)
+        encoder = train(name, images, sampler, seed, args)
+    return [{"seed": seed, "method": name, "classes_per_batch": classes_per_batch,
+             "results": measure(encoder, *data), "seconds": time.time() - began}]
 
-def text(values):
-    """Mean ± standard deviation over seeds."""
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+# ---- Tables and figures --------------------------------------------------------------------------
+def add_losses(runs, num_classes):
+    """Add what imbalanced mini-batches cost: the accuracy lost in each task, for each seed.
 
-def plot(table, args):
+    Returns the same for both groups of methods and their difference, as runs of their own.
+    """
+    balanced = {(run["seed"], run["method"]): run["results"]
+                for run in runs if run["classes_per_batch"] == num_classes}
+    for run in runs:
+        before = dict(balanced[run["seed"], run["method"]])
+        if run["classes_per_batch"] != num_classes:
+            for task in before:
+                run["results"][f"lost_{task}"] = before[task] - run["results"][task]
+
+    def mean(name, task):
+        return np.mean([found[task] for (_, method), found in balanced.items() if method == name])
+
+    # A method has learned if it is .05 above a random encoder. The others cannot lose much.
+    floor = max(mean(name, "class") for name in ("random ResNet", "random ViT"))
+    learned = {name for _, name in balanced if mean(name, "class") >= floor + 0.05}
+    of_groups = []
+    for seed, count in dict.fromkeys((run["seed"], run["classes_per_batch"]) for run in runs):
+        lost = {}
+        for group, names in GROUPS.items():
+            rows = [run["results"] for run in runs if run["method"] in learned.intersection(names)
+                    and (run["seed"], run["classes_per_batch"]) == (seed, count)]
+            if count != num_classes and rows:
+                lost[group] = {task: np.mean([row[task] for row in rows])
+                               for task in rows[0] if task.startswith("lost")}
+        if len(lost) == 2:
+            first, second = lost.values()
+            lost["difference"] = {task: first[task] - second[task] for task in first}
+        of_groups += [{"seed": seed, "method": group, "classes_per_batch": count, "results": found}
+                      for group, found in lost.items()]
+    return of_groups
+
+def plot(runs, args):
     """Figure 5: what imbalanced mini-batches cost. A bar is a mean over seeds, a dot one seed."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, len(args.tasks), sharey=True)
-    for column, (ax, task) in enumerate(zip(axes, args.tasks), start=2):
+    rows, columns = len(args.classes_per_batch), len(TASKS)
+    figure = Figure(figsize=(13, 1 + 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax, (count, task) in zip(axes.flat, itertools.product(args.classes_per_batch, TASKS)):
         for name in args.methods:
-            lost = table[name][:, column]
-            ax.bar(name, lost.mean(), color="#30638e" if name in VOLUME else "#8c8c8c")
+            lost = [run["results"][f"lost_{task}"] for run in runs
+                    if (run["method"], run["classes_per_batch"]) == (name, count)]
+            ax.bar(name, np.mean(lost), color="#30638e" if name in VOLUME else "#8c8c8c")
             ax.plot([name] * len(lost), lost, "ko", markersize=3.5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.tick_params(axis="x", rotation=60)
-        ax.set_title(task)
-    axes[0].set_ylabel("accuracy lost, in points\n(blue: with a volume term)")
-    lost = [f"{text(table[group][:, 2])} points {group}" for group in GROUPS if group in table]
-    title = ", ".join(lost) or "no method learned the class"
-    batch = f"{args.classes_per_batch} instead of all classes per mini-batch"
-    figure.suptitle(f"Class accuracy lost with {batch}: {title}")
+        ax.set_title(f"{task}, {count} class{'es' * (count > 1)} per mini-batch")
+    figure.supylabel("accuracy lost against all classes per mini-batch")
+    figure.suptitle("What mini-batches with few classes cost (blue: methods with a volume term; "
+                    f"n = {len(args.seeds)} seeds)")
     figure.savefig(args.out / "imbalance.png", dpi=130)
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="synthetic", help="synthetic, CIFAR10 or a folder with train and test")
-    add("--root", default="data", help="where torchvision keeps CIFAR10 (default: data)")
-    add("--out", type=Path, default="runs/imbalance", help="default: runs/imbalance")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all six")
-    add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="default: 0")
-    add("--classes_per_batch", type=number(int, 1), default=2, help="default: 2")
-    add("--images", type=number(int, 60), default=4800, help="at most, per set (default: 4800)")
-    add("--epochs", type=number(int, 1), default=16, help="epochs of SimCLR (default: 16)")
-    add("--batch_size", type=number(int, 4), default=60, help="images per batch (default: 60)")
+    add("--root", default="data", help="where torchvision keeps CIFAR10")
+    add("--out", type=Path, default="runs/imbalance", help="folder for results and figure")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:6], help="what to train")
+    add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="one run each")
+    add("--classes_per_batch", nargs="+", type=number(int, 1), default=[1],
+        help="to be compared with all classes")
+    add("--images", type=number(int, 60), default=5000, help="at most, per set")
+    add("--epochs", type=number(int, 1), default=8, help="of training")
+    add("--batch_size", type=number(int, 4), default=250, help="images per mini-batch")
     add("--lr", type=number(float, 1e-9), help="learning rate (default: one for each method)")
-    add("--quick", action="store_true", help="1 epoch of two methods, 300 images, two tasks")
+    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--quick", action="store_true", help="1 epoch of two methods on 300 images")
     args = parse(parser, argv)
-    args.tasks = TASKS[:2] if args.quick else TASKS
     if args.quick:
-        args.methods, args.images, args.epochs = ["SimCLR", "MAE"], 300, 1
+        args.methods, args.images, args.epochs, args.batch_size = ["SimCLR", "MAE"], 300, 1, 30
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        # If we cannot write here, the user should know it before the training.
-        tempfile.TemporaryFile(dir=args.out).close()
-        data = load_data(args)
-        images, classes = data[0], data[1]["class"]
-        samplers = [pmsn.ClassBatchSampler(classes, args.batch_size, count)
-                    for count in (len(classes.unique()), args.classes_per_batch)]
+        classes = load_data(args.data, args.root, args.images)[1]["class"]
+        num_classes = len(classes.unique())
+        for count in (num_classes, *args.classes_per_batch):
+            pmsn.ClassBatchSampler(classes, args.batch_size, count)
     except (OSError, SyntaxError, RuntimeError, ValueError) as error:
         parser.error(f"cannot start with this --data, --out or --batch_size: {error}")
+    counts = [num_classes, *(count for count in args.classes_per_batch if count != num_classes)]
+    jobs = [*itertools.product(args.seeds, args.methods, counts),
+            *itertools.product(args.seeds, UNTRAINED, [num_classes])]
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("out", "root", "methods", "seeds", "classes_per_batch", "workers")}
+    config["torch"] = torch.__version__
 
-    print("seed  method    classes per batch epoch        loss       left")
-    # All accuracies: scores[name][seed][0 for balanced, 1 for imbalanced][task].
-    scores = {name: [] for name in args.methods}
-    baselines = {"random encoder": [], "raw pixels": []}
-    for seed in args.seeds:
-        torch.manual_seed(seed)
-        baselines["random encoder"].append(measure(make_encoder(), *data))
-        baselines["raw pixels"].append(measure(None, *data))
-        for name in scores:
-            encoders = [train(parser, args, name, images, s, seed) for s in samplers]
-            scores[name].append([measure(encoder, *data) for encoder in encoders])
-        results = {"config": vars(args), "scores": scores, "baselines": baselines}
-        try:
-            save(results, args.out / "results.json")
-        except OSError as error:
-            parser.error(f"cannot write to --out: {error}")
-
-    table = summarize(scores, untrained=np.mean(baselines["random encoder"], axis=0)[0])
-    print("\nclass accuracy in %, and what imbalanced mini-batches cost for each task, in points")
-    print(" " * 24 + "balanced    imbalanced" + "".join(f"{task:>14}" for task in args.tasks))
-    for name, row in table.items():
-        print(f"{name:<18}" + "".join(f"{text(x):>14}" for x in row.T))
-    for name, accuracies in baselines.items():
-        print(f"{name:<18}{text(np.array(accuracies)[:, 0]):>14}")
+    print("seed  method            classes per batch epoch        loss       left", flush=True)
+    began = time.time()
     try:
-        plot(table, args)
-    except OSError as error:
-        parser.error(f"cannot write to --out: {error}")
-    print(f"\n{args.out}: results.json imbalance.png")
+        runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    of_groups = add_losses(runs, num_classes)
+    summary = summarize(runs + of_groups, lambda run: (run["method"], run["classes_per_batch"]))
+    columns = ["class", "knn", *(f"lost_{task}" for task in ("class", "knn", *TASKS[1:]))]
+    print(f"\naccuracy, and what is lost against all classes per mini-batch: mean ± std over "
+          f"n = {number_of_seeds(summary)} seeds")
+    print(f"{'method':<18}{'classes':>9}" + "".join(f"{column:>18}" for column in columns))
+    for (name, count), row in summary.items():
+        print(f"{name:<18}{count:>9}" + "".join(f"{cell(row, column):>18}" for column in columns))
+    args.classes_per_batch = counts[1:]
+    plot(runs, args)
+    print(f"After {time.time() - began:.0f} s, results.json and imbalance.png are in {args.out}")
 
 if __name__ == "__main__":
     print_any_text()

@@ -1,27 +1,31 @@
 """Which prior for long-tailed data? Section 5.2 of the paper, small enough for a laptop.
 
 The paper finds that a power-law prior helps on long-tailed iNat18 and hurts on balanced ImageNet.
-Here we draw 64 classes of letters, balanced or long-tailed. Other properties of the images are
-balanced, and a network could group by them instead: 12 fonts, and 10 gratings behind the letters
-if their contrast is not 0. The paper expects that the uniform prior prefers such a grouping.
+Here the classes are 64 letters that we draw, or those of photographs (CIFAR-10 or a folder), and
+they are balanced or long-tailed. There are 10 gratings behind the letters, or blended into the
+photographs, if their contrast is not 0. They are balanced, and a network could group by them
+instead. The paper expects that the uniform prior prefers such a grouping.
 
 We train PMSN with priors from uniform to steep, and with five losses: plain (as in the paper), with
 targets that are sharpened relative to the prior, moved to the prior by Sinkhorn, or both, and with
 the prior in any order. All models start from the same weights and see the same views. Then we test
-their frozen features on images with balanced classes, in bold slanted fonts that are not in the
-training set. As in the paper, the labels of the classifiers are those of the training images, so
-they are long-tailed too.
+their frozen features on images with balanced classes. (Letters are tested in bold slanted fonts
+that are not in the training set.) The classifiers learn from the labels of the training images,
+which are long-tailed too, as in the paper, or from balanced images.
 
-    python extras/which_prior.py              # few priors, two losses, 8 minutes
+    python extras/which_prior.py              # letters, few priors, two losses, 8 minutes
     python extras/which_prior.py --map --seeds 0 1 2    # the whole map, 80 minutes
+    python extras/which_prior.py --data CIFAR10 --contrasts 0   # photographs, 25 minutes
     python extras/which_prior.py --quick      # every step, with too little data, half a minute
 
---out gets which_prior.json and which_prior.png.
-Not in the paper: these images, the small encoder, no masking and one anchor per image, schedules
+--out gets which_prior.json and which_prior.png. The models of one seed and one kind of data are in
+which_prior.json as soon as they are done, and the same command continues from there.
+Not in the paper: these images, the small encoders, no masking and one anchor per image, schedules
 for sharpening and target network, relative sharpening, Sinkhorn with a prior, and any order.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import multiprocessing
@@ -34,12 +38,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms import v2
 
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
-                         run_in_processes, save, summarize)
+                         run_or_continue, summarize)
+from imbalance import make_resnet, normalize, read_images
 from mnist_corner import (agreement, background_view, digit_view, draw, draw_gratings, make_encoder,
                           make_model, sample, schedule)
 
@@ -59,9 +67,10 @@ METHODS = {  # options of the loss
     "both": {"relative_sharpening": True, "sinkhorn_iterations": 3},
     "any_order": {"any_order": True},
 }
+GAINS = ("knn", "knn_tail", "probe", "probe_tail", "balanced_knn", "balanced_probe")
 
 # ---- Data ----------------------------------------------------------------------------------------
-class Data:
+class Letters:
     """`count` images with random classes, fonts and gratings. Their indices are (count,) each."""
     def __init__(self, fonts, num_classes, exponent, contrast, count):
         # The same order for all seeds. Head classes are not the first letters of the alphabet.
@@ -85,46 +94,112 @@ class Data:
         """One view of every image, (count, 1, 32, 32)."""
         return torch.cat([self.views(part) for part in torch.arange(len(self.labels)).split(1000)])
 
+class Photographs:
+    """`count` photographs with gratings. Without a `count`, all of them.
+
+    `images` is uint8 (N, 3, 32, 32), and the one with index i has class i % classes. The label of
+    a class is its rank, order.index(class): the label k has the frequency (k + 1)^-exponent.
+    """
+    def __init__(self, images, order, exponent, contrast, count=None):
+        prior = pmsn.power_law_prior(len(order), exponent)
+        per_class = (prior * (count or len(images))).round().long()
+        places = [torch.randperm(len(images) // len(order))[:n] for n in per_class]
+        self.images = images[torch.cat([place * len(order) + c for place, c in zip(places, order)])]
+        self.labels = torch.arange(len(order)).repeat_interleave(per_class)
+        self.gratings, self.contrast = draw_gratings(), contrast
+        self.backgrounds = torch.randint(len(self.gratings), self.labels.shape)
+
+    def views(self, index):
+        """Random crops of these images in random colors, (B, 3, 32, 32)."""
+        crop = v2.RandomResizedCrop(SIZE, (0.2, 1.0), antialias=True)
+        flip = v2.RandomHorizontalFlip()
+        crops = torch.stack([flip(crop(image)) for image in self.images[index]])
+        return pmsn.make_views([self.blend(crops, index)[:, None]], blur_p=0.0)[0]
+
+    def all_views(self):
+        """Every image as it is, with a grating, (count, 3, 32, 32)."""
+        parts = torch.arange(len(self.labels)).split(1000)
+        return torch.cat([normalize(self.blend(self.images[part], part)) for part in parts])
+
+    def blend(self, images, index):
+        """Blend the gratings of the images with these indices into uint8 images."""
+        if not self.contrast:
+            return images
+        gratings = background_view(self.gratings[self.backgrounds[index]])
+        return torch.lerp(images / 255, gratings.expand(-1, 3, -1, -1), self.contrast).clamp(0, 1)
+
+@functools.cache  # A process loads the images once, for all of its runs.
+def load_photographs(data, root):
+    """Images for training and for tests, uint8 (N, 3, 32, 32) each, and the number of classes."""
+    if data == "CIFAR10":
+        splits = [CIFAR10(root, train, download=True) for train in (True, False)]
+    else:
+        splits = [ImageFolder(Path(data, name)) for name in ("train", "test")]
+    if splits[0].classes != splits[1].classes:
+        raise ValueError("training and test images have different classes")
+    return *(read_images(split) for split in splits), len(splits[0].classes)
+
+def make_data(exponent, contrast, args):
+    """Images to train on, others with balanced classes for the classifiers, and test images."""
+    if args.data == "letters":
+        return (Letters(TRAIN_FONTS, args.classes, exponent, contrast, args.images),
+                Letters(TEST_FONTS, args.classes, 0.0, contrast, args.images // 4),
+                Letters(TRAIN_FONTS, args.classes, 0.0, contrast, args.images))
+    images, test_images, num_classes = load_photographs(args.data, args.root)
+    order = torch.randperm(num_classes).tolist()  # Each seed has other rare classes.
+    return (Photographs(images, order, exponent, contrast, args.images),
+            Photographs(test_images, order, 0.0, contrast),
+            Photographs(images, order, 0.0, contrast))
+
 # ---- Networks and training -----------------------------------------------------------------------
 def make_runs(seed, args):
     """One model per prior and method, and a supervised one. All encoders start equal."""
-    runs = []
+    runs = {}
     arms = [*itertools.product(args.prior_exponents, args.methods), (None, "supervised")]
     for exponent, method in arms:
+        options = dict(METHODS.get(method, {}))
+        if exponent == 0:
+            # With the uniform prior these two change nothing, so several methods are one model.
+            options.pop("relative_sharpening", None)
+            options.pop("any_order", None)
+        key = exponent, *options
+        if key in runs:
+            runs[key].methods.append(method)
+            continue
         torch.manual_seed(seed)
-        encoder = make_encoder(SIZE)
-        if method == "supervised":  # shows how much there is to learn, with labels of both views
+        encoder = make_encoder_for(args)
+        if method == "supervised":  # shows how much there is to learn, with labels
             model = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
-            options = {}
         else:
-            options = {"prior_weight": args.prior_weight, **METHODS[method]}
-            if exponent == 0:
-                # With the uniform prior, relative sharpening only adds rounding. We leave it out,
-                # so that plain and relative, and Sinkhorn and both, are equal at exponent 0.
-                options["relative_sharpening"] = False
+            options["prior_weight"] = args.prior_weight
             model = make_model(encoder, args.prototypes, exponent, dim=64)
             encoder = model.target_encoder  # We test the target network, as MSN does.
+        model.to(memory_format=torch.channels_last)  # faster on CPUs
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-        runs.append(SimpleNamespace(exponent=exponent, method=method, model=model,
-                                    loss_options=options, encoder=encoder, optimizer=optimizer))
-    return runs
+        runs[key] = SimpleNamespace(exponent=exponent, methods=[method], model=model,
+                                    loss_options=options, encoder=encoder, optimizer=optimizer)
+    return list(runs.values())
+
+def make_encoder_for(args):
+    return make_encoder(SIZE) if args.data == "letters" else make_resnet()
 
 def train(runs, data, args, title):
     """Train all runs on the same batches and views."""
-    steps_per_epoch = args.images // BATCH_SIZE
+    count = len(data.labels)
+    steps_per_epoch = count // BATCH_SIZE
     began = time.time()
     for epoch in range(args.epochs):
         for run in runs:
             run.terms = {}
-        batches = torch.randperm(args.images).split(BATCH_SIZE)
+        batches = torch.randperm(count).split(BATCH_SIZE)
         for step, batch in enumerate(batches[:steps_per_epoch]):
             done = (epoch + step / steps_per_epoch) / args.epochs  # from 0 to 1
             lr, sharpening, ema_momentum = schedule(done)
             views = [data.views(batch) for _ in range(2)]  # the target and one anchor
             for run in runs:
-                if run.method == "supervised":
-                    labels = data.labels[batch].repeat(2)
-                    loss, terms = F.cross_entropy(run.model(torch.cat(views)), labels), {}
+                supervised = run.methods == ["supervised"]
+                if supervised:
+                    loss, terms = F.cross_entropy(run.model(views[1]), data.labels[batch]), {}
                 else:
                     loss, terms = run.model(views, sharpening=sharpening, **run.loss_options)
                 run.optimizer.param_groups[0]["lr"] = lr
@@ -132,7 +207,7 @@ def train(runs, data, args, title):
                 loss.backward()
                 nn.utils.clip_grad_norm_(run.model.parameters(), 3.0)
                 run.optimizer.step()
-                if run.method != "supervised":
+                if not supervised:
                     run.model.update_target(ema_momentum)
                 for name, value in terms.items():
                     if value.ndim == 0:
@@ -143,15 +218,28 @@ def train(runs, data, args, title):
 
 # ---- Measures ------------------------------------------------------------------------------------
 @torch.no_grad()
-def measure(run, data, images, test, test_images, num_classes):
-    """Accuracy on test images, and how the training images use the prototypes."""
-    features, test_features = [torch.cat([run.encoder(part) for part in x.split(1000)])
-                               for x in (images, test_images)]
-    found = {"same_background": agreement(test_features, test.backgrounds),
-             "same_font": agreement(test_features, test.fonts)}
+def measure(run, sets, views):
+    """Accuracy on test images, and how the training images use the prototypes.
+
+    `sets` are those of `make_data`, and `views` is one view of each of their images. k-NN and probe
+    learn from the labels of the training images, balanced_knn and balanced_probe from balanced
+    images.
+    """
+    data, test, balanced = sets
+    # In training, the statistics of BatchNorm followed an encoder that was still changing.
+    update_bn(views[0].split(250), run.encoder)
+    run.encoder.eval()
+    features, test_features, balanced_features = [
+        torch.cat([run.encoder(part) for part in x.split(1000)]) for x in views]
+    num_classes = int(test.labels.max()) + 1
+    found = {"same_background": agreement(test_features, test.backgrounds)}
+    if isinstance(data, Letters):
+        found["same_font"] = agreement(test_features, test.fonts)
     for name, predict in (("knn", pmsn.knn_predictions), ("probe", pmsn.linear_probe)):
         right = predict(features, data.labels, test_features) == test.labels
         found.update(by_group(name, right, test.labels, num_classes))
+        right = predict(balanced_features, balanced.labels, test_features) == test.labels
+        found.update(by_group(f"balanced_{name}", right, test.labels, num_classes))
     if isinstance(run.model, pmsn.PMSN):
         # BatchNorm in the head takes its statistics from all training images.
         embeddings = run.model.target_head(features)
@@ -184,28 +272,34 @@ def experiment(seed, data_exponent, contrast, args):
     """All models for one kind of data. Returns their entries in which_prior.json."""
     torch.set_num_threads(1)  # faster here, and the same bits for any number of cores
     torch.manual_seed(seed)
-    data = Data(TRAIN_FONTS, args.classes, data_exponent, contrast, args.images)
-    test = Data(TEST_FONTS, args.classes, 0.0, contrast, args.images // 4)
-    images, test_images = data.all_views(), test.all_views()
+    sets = make_data(data_exponent, contrast, args)
+    views = [data.all_views() for data in sets]
     runs = make_runs(seed, args)
-    untrained = SimpleNamespace(exponent=None, method="random", model=None,
-                                encoder=make_encoder(SIZE), terms={})
-    name = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
-    train(runs, data, args, name)
+    untrained = SimpleNamespace(exponent=None, methods=["random"], model=None,
+                                encoder=make_encoder_for(args), terms={})
+    train(runs, sets[0], args, f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}")
     found = []
     for run in [untrained, *runs]:
-        results = {**run.terms, **measure(run, data, images, test, test_images,
-                                             args.classes)}
-        found.append({"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
-                      "prior_exponent": run.exponent, "method": run.method,
-                      "results": finite(results)})
-    # What a prior gains over the uniform one of the same seed. Seeds differ more than priors.
-    uniform = {x["method"]: x["results"]["knn"] for x in found if x["prior_exponent"] == 0}
-    for record in found:
-        if record["method"] in uniform:
-            results = record["results"]
-            results["gain"] = results["knn"] - uniform[record["method"]]
+        results = finite({**run.terms, **measure(run, sets, views)})
+        found += [{"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
+                   "prior_exponent": run.exponent, "method": method, "results": results}
+                  for method in run.methods]
     return found
+
+def add_gains(runs):
+    """Add what a prior gains over the uniform one with the same seed, data and method.
+
+    Seeds differ more than priors, so this difference is more precise than the accuracies.
+    """
+    def key(run):
+        return run["seed"], run["data_exponent"], run["contrast"], run["method"]
+
+    uniform = {key(run): run["results"] for run in runs if run["prior_exponent"] == 0}
+    for run in runs:
+        if key(run) in uniform:
+            before, results = uniform[key(run)], run["results"]
+            for name in GAINS:
+                results[f"gain_{name}"] = results[name] - before[name]
 
 # ---- Figure --------------------------------------------------------------------------------------
 def plot(summary, path):
@@ -231,8 +325,8 @@ def plot(summary, path):
     axes[0, 0].legend(fontsize="small")
     wins = []
     for arm, row in summary.items():
-        if arm[0] and arm[0] == arm[2] and "gain" in row:
-            if row["gain"]["mean"] > row["gain"]["std"]:
+        if arm[0] and arm[0] == arm[2] and "gain_knn" in row:
+            if row["gain_knn"]["mean"] > row["gain_knn"]["std"]:
                 wins.append(f"{arm[3]} ({name_of(arm)})")
     figure.suptitle("Where the prior of the classes (gray line) beats the uniform prior on "
                     f"long-tailed data: {', '.join(wins) or 'nowhere'}")
@@ -249,19 +343,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, power = parser.add_argument, number(float, 0, 4)
+    add("--data", default="letters", help="letters, CIFAR10, or a folder with train and test")
+    add("--root", default="data", help="where torchvision keeps CIFAR10")
     add("--data_exponents", type=power, nargs="+", default=[0.0, 1.0], help="class frequencies")
     add("--contrasts", type=number(float, 0, 1), nargs="+", default=[0.0, 0.7], help="of gratings")
     add("--prior_exponents", type=power, nargs="+", default=[0.0, 0.5, 1.0], help="of the priors")
     add("--methods", choices=METHODS, nargs="+", default=["plain", "both"],
         help="options of the loss")
     add("--map", action="store_true", help="a larger choice of these four")
-    add("--classes", type=number(int, 3, 64), default=64, help="letters and symbols")
+    add("--classes", type=number(int, 3, 64), default=64, help="how many letters and symbols")
     add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")
     add("--prior_weight", type=number(float, 0, 1e6), default=1.0, help="weight of the KL term")
     add("--out", type=Path, default="runs/which_prior", help="folder for results and figure")
     add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
-    add("--images", type=number(int, 1024), default=16_000, help="training images")
-    add("--epochs", type=number(int, 1), default=10, help="of training")
+    add("--images", type=number(int, 256), help="to train on (letters: 16,000, photographs: 5,800)")
+    add("--epochs", type=number(int, 1), help="of training (letters: 10, photographs: 30)")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
     add("--quick", action="store_true", help="few images and models, in half a minute")
     args = parse(parser, argv)
@@ -271,27 +367,44 @@ def main(argv=None):
     if args.quick:
         args.data_exponents, args.prior_exponents = [1.0], [0.0, 1.0]
         args.images, args.epochs = 1024, 1
+    letters = args.data == "letters"
+    args.images = args.images or (16_000 if letters else 5800)
+    args.epochs = args.epochs or (10 if letters else 30)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot write to --out: {error}")
+        if not letters:
+            images, _, args.classes = load_photographs(args.data, args.root)
+            most = max(args.images * pmsn.power_law_prior(args.classes, exponent)[0].item()
+                       for exponent in args.data_exponents)
+            if round(most) > len(images) // args.classes:
+                raise ValueError(f"--images {args.images} needs {most:.0f} images of the most "
+                                 f"frequent class, and there are {len(images) // args.classes}")
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(f"cannot load --data or write to --out: {' '.join(str(error).split())}")
 
     print("seed     data  contrast epoch    left", flush=True)
     began = time.time()
     jobs = list(itertools.product(args.seeds, args.data_exponents, args.contrasts))
-    runs = sum(run_in_processes(experiment, jobs, args), [])
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("data_exponents", "contrasts", "map", "out", "root", "seeds",
+                              "workers")}
+    config["torch"] = torch.__version__
+    try:
+        runs = run_or_continue(experiment, jobs, args, config, args.out / "which_prior.json")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    add_gains(runs)
     keys = ("data_exponent", "contrast", "prior_exponent", "method")
     summary = summarize(runs, key=lambda run: tuple(run[name] for name in keys))
-    config = {**vars(args), "torch": torch.__version__}
-    save({"config": config, "runs": runs}, args.out / "which_prior.json")
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
-    columns = "knn knn_head knn_middle knn_tail probe same_background gain".split()
-    print("data contrast prior     method" + "".join(f"{column:>16}" for column in columns))
+    columns = ["knn", "probe", "balanced_knn", "balanced_probe", "same_background",
+               *(f"gain_{name}" for name in GAINS)]
+    print("data contrast prior     method" + "".join(f"{column:>20}" for column in columns))
     for arm, row in summary.items():
         data_exponent, contrast, exponent, method = arm
         exponent = "" if exponent is None else f"{exponent:.2f}"
         print(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{method:>11}"
-              + "".join(f"{cell(row, column):>16}" for column in columns))
+              + "".join(f"{cell(row, column):>20}" for column in columns))
     plot(summary, args.out / "which_prior.png")
     print(f"After {time.time() - began:.0f} s, results and figure are in {args.out}")
 

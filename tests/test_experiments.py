@@ -4,10 +4,54 @@ import json
 import math
 import os
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import experiments
+
+CALLS = "calls.txt"
+
+def experiment(seed, name, args):
+    """Two runs with the seed as a result. The seed 13 fails."""
+    with open(args.out / CALLS, "a") as file:
+        file.write(f"{seed} {name}\n")
+    if seed == 13:
+        raise ValueError("bad luck")
+    return [{"name": f"{name}{i}", "results": {"seed": seed}} for i in range(2)]
+
+def test_finished_jobs_are_kept_and_not_repeated(tmp_path):
+    args, path = SimpleNamespace(workers=1, out=tmp_path), tmp_path / "results.json"
+
+    def run(*jobs, **config):
+        return experiments.run_or_continue(experiment, jobs, args, {"lr": 0.1, **config}, path)
+
+    def calls():
+        text = (tmp_path / CALLS).read_text()
+        (tmp_path / CALLS).write_text("")
+        return text.splitlines()
+
+    with pytest.raises(ValueError, match="bad luck"):
+        run((1, "a"), (13, "a"), (2, "a"))
+    assert calls() == ["1 a", "13 a"]  # With one process, the third job never begins.
+    assert [run["name"] for run in json.loads(path.read_text())["runs"]] == ["a0", "a1"]
+    found = run((2, "a"), (1, "a"), (1, "b"))
+    assert calls() == ["2 a", "1 b"]
+    assert [(run["name"], run["results"]["seed"]) for run in found] == [
+        ("a0", 2), ("a1", 2), ("a0", 1), ("a1", 1), ("b0", 1), ("b1", 1)]
+    # What a smaller command does not use stays in the file.
+    assert len(run((1, "b"))) == 2 and calls() == []
+    assert len(json.loads(path.read_text())["runs"]) == 6
+    before = path.read_text()
+    with pytest.raises(ValueError, match="results with another lr, steps: use another --out"):
+        run((3, "a"), lr=0.2, steps=5)
+    for broken in ("old", "{}", "[1]", '{"config": 3'):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="not a file of results: move it away"):
+            run((3, "a"))
+        assert path.read_text() == broken
+    assert calls() == [] and before.count("seed") == 6
 
 def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
     results, model = tmp_path / "results.json", tmp_path / "model.pt"

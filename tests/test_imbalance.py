@@ -1,5 +1,6 @@
 """extras/imbalance.py against NumPy and by hand, whole runs of it, and extras/benchmark.py."""
 
+import itertools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import benchmark
@@ -45,8 +47,7 @@ def test_folders_give_equally_many_images_per_class_and_bins_of_training(tmp_pat
         for i in range(count):
             color = (10 * i, 90 * ("test" in folder), 200 * ("b" in folder))
             Image.new("RGB", (40, 30), color).save(tmp_path / folder / f"{i}.png")
-    args = SimpleNamespace(data=str(tmp_path), images=60, tasks=imbalance.TASKS)
-    images, labels, test_images, test_labels = imbalance.load_data(args)
+    images, labels, test_images, test_labels = imbalance.load_data(str(tmp_path), "", 60)
     assert images.shape == (20, 3, 32, 32) and len(images.flatten(1).unique(dim=0)) == 20
     assert (images[:, 1] == 0).all() and (test_images[:, 1] > 0).all()
     assert (images[:, 2, 0, 0] > 0).tolist() == labels["class"].tolist() == [0, 1] * 10
@@ -54,15 +55,42 @@ def test_folders_give_equally_many_images_per_class_and_bins_of_training(tmp_pat
     edges = np.quantile(values, (0.2, 0.4, 0.6, 0.8))
     assert test_labels["color"].tolist() == np.searchsorted(edges, test_values).tolist()
 
-# ---- Methods -------------------------------------------------------------------------------------
+# ---- Encoders and methods ------------------------------------------------------------------------
+def test_the_resnet_by_hand():
+    """The same convolutions, one after the other, and BatchNorm from the batch by a formula."""
+    encoder, images = imbalance.make_resnet(), torch.randn(8, 3, 32, 32)
+
+    def batch_norm(x):
+        mean = x.mean(dim=(0, 2, 3), keepdim=True)
+        variance = x.var(dim=(0, 2, 3), keepdim=True, correction=0)
+        return (x - mean) / (variance + 1e-5).sqrt()
+
+    weights = [p for p in encoder.parameters() if p.ndim == 4]
+    assert [tuple(p.shape) for p in weights] == [
+        (32, 3, 4, 4), (64, 32, 3, 3), (64, 64, 3, 3), (64, 32, 1, 1),
+        (128, 64, 3, 3), (128, 128, 3, 3), (128, 64, 1, 1)]
+    x = batch_norm(F.conv2d(images, weights[0], stride=2, padding=1)).relu()
+    for first, second, shortcut in (weights[1:4], weights[4:]):
+        h = batch_norm(F.conv2d(x, first, stride=2, padding=1)).relu()
+        h = batch_norm(F.conv2d(h, second, padding=1))
+        x = (h + batch_norm(F.conv2d(x, shortcut, stride=2))).relu()
+    torch.testing.assert_close(encoder(images), x.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
+
+def test_without_batch_norm_an_image_does_not_depend_on_its_batch():
+    method, images = imbalance.simclr_group_norm(), torch.randn(6, 3, 32, 32)
+    assert not any("BatchNorm" in type(module).__name__ for module in method.modules())
+    with torch.no_grad():
+        alone, together = [method.head(method.encoder(x)) for x in (images[:1], images)]
+    torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-5)
+
 def standardize(x, ddof=0):
     return (x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=ddof, keepdims=True)
 
 def test_mae_loss_is_a_numpy_formula():
-    predictions, images = torch.randn(2, 16, 192), torch.randn(2, 3, 32, 32)
-    hidden = torch.rand(2, 16) < 0.5
-    patches = images.numpy().reshape(2, 3, 4, 8, 4, 8).transpose(0, 2, 4, 1, 3, 5)
-    target = standardize(patches.reshape(2, 16, 192), ddof=1)
+    predictions, images = torch.randn(2, 64, 48), torch.randn(2, 3, 32, 32)
+    hidden = torch.rand(2, 64) < 0.5
+    patches = images.numpy().reshape(2, 3, 8, 4, 8, 4).transpose(0, 2, 4, 1, 3, 5)
+    target = standardize(patches.reshape(2, 64, 48), ddof=1)
     errors = ((predictions.numpy() - target) ** 2)[hidden.numpy()]
     loss = imbalance.mae_loss(predictions, images, hidden)
     assert loss.item() == pytest.approx(errors.mean(), rel=1e-4)
@@ -76,7 +104,7 @@ def test_data2vec_loss_is_a_numpy_formula():
     assert loss.item() == pytest.approx(errors.mean(), rel=1e-3)
 
 def test_run_blocks_is_the_encoder():
-    encoder, images, seen = imbalance.make_encoder(), torch.randn(2, 3, 32, 32), []
+    encoder, images, seen = imbalance.make_vit(), torch.randn(2, 3, 32, 32), []
     for module in (*encoder.blocks, encoder.norm):
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     encoder(images)
@@ -85,31 +113,32 @@ def test_run_blocks_is_the_encoder():
 
 @pytest.mark.parametrize("name", imbalance.METHODS)
 def test_every_method_trains_its_encoder_and_no_target(name):
-    method = imbalance.METHODS[name]()
-    loss, _ = method(list(torch.randn(2, 20, 3, 32, 32)))
+    method = imbalance.METHODS[name][0]()
+    options = imbalance.LOSS_OPTIONS.get(name, {})
+    loss, _ = method(list(torch.randn(2, 20, 3, 32, 32)), **options)
     loss.backward()
     for parameter_name, parameter in method.named_parameters():
         if "target" in parameter_name:
             assert parameter.grad is None and not parameter.requires_grad
         else:
             assert parameter.grad.abs().sum() > 0, parameter_name
-    assert hasattr(method, "update_target") == (name in ("MSN", "data2vec"))
+    assert hasattr(method, "update_target") == (name in ("MSN", "PMSN", "data2vec"))
     if name == "data2vec":
         method.encoder.norm.bias.data += 1
         method.update_target(ema_momentum=0.9)
         torch.testing.assert_close(method.target_encoder.norm.bias, torch.full((96,), 0.1))
 
-@pytest.mark.parametrize("name, count", [("MAE", 12), ("data2vec", 10)])
+@pytest.mark.parametrize("name, count", [("MAE", 48), ("data2vec", 39)])
 def test_predictions_come_from_visible_patches_alone(name, count, monkeypatch):
-    method, images, seen = imbalance.METHODS[name](), torch.rand(6, 3, 32, 32), []
+    method, images, seen = imbalance.METHODS[name][0](), torch.rand(6, 3, 32, 32), []
     monkeypatch.setattr(imbalance, f"{name.lower()}_loss", lambda *x: seen.append(x))
 
-    def predict(repainted):  # with other colors where `repainted` (6, 16) is true
-        mask = repainted.view(6, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    def predict(repainted):  # with other colors where `repainted` (6, 64) is true
+        mask = repainted.view(6, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
         torch.manual_seed(1)  # hides the same patches every time
         method([torch.where(mask, 1 - images, images)])
         return seen[-1][0]
-    predictions, hidden = predict(torch.zeros(6, 16, dtype=torch.bool)), seen[-1][2]
+    predictions, hidden = predict(torch.zeros(6, 64, dtype=torch.bool)), seen[-1][2]
     assert (hidden.sum(dim=1) == count).all() and not torch.equal(hidden[0], hidden[1])
     torch.testing.assert_close(predict(hidden), predictions)
     assert ((predict(~hidden) - predictions).abs().amax(dim=2)[hidden] > 1e-4).all()
@@ -122,12 +151,12 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
         steps.append((views[0].unique().tolist(), recorder.encoder.weight.item()))
         return recorder.encoder.weight.sum(), {}
     recorder.forward = forward
-    monkeypatch.setitem(imbalance.METHODS, "SimCLR", lambda: recorder)
+    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (lambda: recorder, 0.01))
     monkeypatch.setattr(pmsn, "make_views", lambda crops, blur_p: crops)
     classes = torch.arange(200) % 10
     images = classes.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
     args, sampler = SimpleNamespace(epochs=4, lr=0.1), pmsn.ClassBatchSampler(classes, 20, 2)
-    assert imbalance.train(None, args, "SimCLR", images, sampler, seed=3) is recorder.encoder
+    assert imbalance.train("SimCLR", images, sampler, 3, args) is recorder.encoder
     batches, weights = zip(*steps)
     assert [len(classes) for classes in batches] == [2] * 40
     assert recorder.update_target.mock_calls == [call(ema_momentum=0.99)] * 40
@@ -137,27 +166,60 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     assert moves.tolist() == pytest.approx([0.025, 0.1, 0.05, 0], rel=0.2, abs=0.001)
     assert re.findall(r"\d/\d", capsys.readouterr().out) == ["1/4", "2/4", "3/4", "4/4"]
 
-def test_summary_by_hand():
-    """Two seeds. SimCLR loses 30 and 10 points of the class, MAE 0 and 10. MSN learns nothing."""
-    scores = {
-        "SimCLR": [[[80, 50], [50, 60]], [[60, 50], [50, 40]]],
-        "MSN": [[[20, 50], [0, 50]], [[20, 50], [0, 50]]],
-        "MAE": [[[50, 50], [50, 50]], [[50, 50], [40, 50]]],
-    }
-    table = imbalance.summarize(scores, untrained=18.0)
-    for row in ("SimCLR", "with a volume term"):
-        assert table[row].tolist() == [[80, 50, 30, -10], [60, 50, 10, 10]]
-    assert table["difference"][:, 2:].tolist() == [[30, -10], [0, 10]]
-    assert imbalance.text(table["SimCLR"][:, 2]) == f"20.0 ± {math.sqrt(200):.1f}"
-    assert "difference" not in imbalance.summarize(scores, untrained=48.0)
+def test_batch_norm_is_measured_with_balanced_classes():
+    """Class 1 is brighter. Statistics of one class in training must not matter in the test."""
+    torch.manual_seed(0)
+    classes = torch.arange(200) % 2
+    images = torch.randint(90, (200, 3, 32, 32)) + 120 * classes[:, None, None, None]
+    images = images.to(torch.uint8)
+    encoder, labels, found = imbalance.make_resnet(), {"class": classes}, []
+    for seen in (0, 1):
+        for _ in range(50):
+            encoder.train()(imbalance.normalize(images[classes == seen]))
+        found.append(imbalance.measure(encoder, images, labels, images, labels))
+        statistics = encoder[1].running_mean
+        expected = encoder[0](imbalance.normalize(images)).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(statistics, expected, rtol=1e-3, atol=1e-4)
+    assert found[0] == found[1] == {"knn": 1.0, "class": 1.0}
+
+def make_runs(accuracies):
+    """Runs from {method: (class with ten, and with two classes for each seed)}."""
+    return [{"seed": seed, "method": name, "classes_per_batch": count,
+             "results": {"class": value, "color": 0.5 + seed * (count == 2)}}
+            for name, seeds in accuracies.items() for seed, pair in enumerate(seeds)
+            for count, value in zip((10, 2), pair)]
+
+def test_losses_by_hand():
+    """Two seeds. SimCLR loses .3 and .1 of the class, MAE 0 and .1. MSN has learned nothing."""
+    runs = make_runs({"random ResNet": [(0.2, 0.2)] * 2, "random ViT": [(0.15, 0.15)] * 2,
+                      "SimCLR": [(0.8, 0.5), (0.6, 0.5)], "MSN": [(0.24, 0.0), (0.24, 0.0)],
+                      "MAE": [(0.5, 0.5), (0.5, 0.4)]})
+    of_groups = imbalance.add_losses(runs, 10)
+
+    def lost(runs, name, task):
+        return [run["results"][f"lost_{task}"] for run in runs
+                if (run["method"], run["classes_per_batch"]) == (name, 2)]
+
+    assert lost(runs, "SimCLR", "class") == pytest.approx([0.3, 0.1])
+    assert lost(runs, "SimCLR", "color") == [0, -1]
+    assert all("lost_class" not in run["results"] for run in runs if run["classes_per_batch"] == 10)
+    assert lost(of_groups, "with a volume term", "class") == pytest.approx([0.3, 0.1])
+    assert lost(of_groups, "difference", "class") == pytest.approx([0.3, 0.0])
+    # .51 is not .05 above a random encoder with .48, and nothing can be compared.
+    runs = make_runs({"random ResNet": [(0.48, 0.48)], "random ViT": [(0.1, 0.1)],
+                      "SimCLR": [(0.8, 0.5)], "MAE": [(0.51, 0.5)]})
+    assert {run["method"] for run in imbalance.add_losses(runs, 10)} == {"with a volume term"}
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_quick_run_writes_everything(tmp_path):
-    imbalance.main(["--quick", "--out", str(tmp_path)])
+    imbalance.main(["--quick", "--workers", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "imbalance.png"}
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert {np.shape(x) for x in results["scores"].values()} == {(1, 2, 2)}
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(run["method"], run["classes_per_batch"]) for run in runs if run["seed"] == 0] == [
+        *itertools.product(("SimCLR", "MAE"), (10, 1)),
+        *[(name, 10) for name in imbalance.UNTRAINED]]
+    assert all(0 < value < 1 for run in runs for value in run["results"].values())
 
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

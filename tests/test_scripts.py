@@ -128,6 +128,7 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (which_prior, "--prior_exponents 0 0.0", "--prior_exponents: 0.0 is given twice"),
     (which_prior, "--data_exponents 1 .5 1", "--data_exponents: 1.0 is given twice"),
     (which_prior, "--contrasts .7 .70", "--contrasts: 0.7 is given twice"),
+    (which_prior, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--images 100", "--data, --out or --batch_size: "),
     (imbalance, "--quick --lr 1e9", "the loss of SimCLR is not finite in epoch 1: try a lower"),
@@ -141,7 +142,6 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     *[(script, "--out /proc/x", "/proc/x")
       for script in (mnist_corner, toy_kmeans, imbalance, rcdm, which_prior, transfer)]])
 def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(imbalance, "measure", lambda *arguments: [0.0, 0.0])
     no_network = Mock(side_effect=RuntimeError("downloading:\nno route"))
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
     monkeypatch.setattr("torchvision.datasets.CIFAR100", no_network)
@@ -160,15 +160,9 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
         "run_in_processes": lambda *_: [([{"long_tailed": "digit", "exponent": 0.0,
                                            "results": RESULTS}], {})],
         "plot_neighbors": None}),
-    (imbalance, "results.json", {
-        "train": lambda *_: None, "measure": lambda *_: [0.0, 0.0], "plot": None}),
     (rcdm, "rcdm.json", {
         "CornerImages": Mock(), "load_pmsn": Mock(), "plot": None,
-        "run_in_processes": lambda *_: [({"exponent": x, "results": RESULTS}, 0) for x in (0, 1)]}),
-    (which_prior, "which_prior.json", {
-        "run_in_processes": lambda *_: [[{"data_exponent": 0, "contrast": 0, "prior_exponent": 0,
-                                          "method": "plain", "results": RESULTS}]],
-        "plot": None})])
+        "run_in_processes": lambda *_: [({"exponent": x, "results": RESULTS}, 0) for x in (0, 1)]})])
 def test_results_are_safe_before_the_table_and_the_figures(
         script, file, fakes, tmp_path, monkeypatch, capsys):
     """A figure can need LaTeX that is missing, and a terminal can refuse the sign ±."""

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import imbalance
 import which_prior
 
 def test_classes_follow_the_exponent_and_nothing_else_does():
     torch.manual_seed(0)
-    data = which_prior.Data(which_prior.TRAIN_FONTS, 4, 1.0, 0.5, 24_000)
+    data = which_prior.Letters(which_prior.TRAIN_FONTS, 4, 1.0, 0.5, 24_000)
     assert torch.bincount(data.labels) / 960 == pytest.approx([12, 6, 4, 3], abs=0.5)  # k^-1
     head = data.labels == 0
     for values, kinds in ((data.fonts, 12), (data.backgrounds, 10)):
@@ -21,7 +22,7 @@ def test_classes_follow_the_exponent_and_nothing_else_does():
         assert shares == pytest.approx([1 / kinds] * kinds, abs=0.015)
 
 def test_test_images_are_in_other_fonts():
-    train, test = (which_prior.Data(fonts, 64, 0.0, 0.0, 10) for fonts in (
+    train, test = (which_prior.Letters(fonts, 64, 0.0, 0.0, 10) for fonts in (
         which_prior.TRAIN_FONTS, which_prior.TEST_FONTS))
     letters = torch.cat([train.letters, test.letters]).flatten(1)
     assert len(letters) == 16 * 64 == len(letters.unique(dim=0))
@@ -30,7 +31,7 @@ def test_views_show_the_class_and_the_grating():
     """Without contrast the background is black. The average view looks like its letter."""
     torch.manual_seed(0)
     for contrast, gray in ((0.0, -1.0), (0.8, -0.2)):  # Gratings are gray on average.
-        data = which_prior.Data(["DejaVuSans"], 8, 0.0, contrast, 4000)
+        data = which_prior.Letters(["DejaVuSans"], 8, 0.0, contrast, 4000)
         views = data.all_views()
         assert views.shape == (4000, 1, 32, 32)
         assert views[..., 0, 0].mean().item() == pytest.approx(gray, abs=0.1)
@@ -38,6 +39,51 @@ def test_views_show_the_class_and_the_grating():
         letters = F.interpolate(data.letters, 32, mode="bilinear").flatten(1)
         correlations = torch.cat([letters, means]).corrcoef()[:8, 8:]
         assert correlations.argmax(dim=1).tolist() == list(range(8))
+
+def make_photographs(counts=(40, 40, 40), **options):
+    """Photographs of three classes. Every pixel of image i has the value i."""
+    images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None]
+    return which_prior.Photographs(images.expand(-1, 3, 32, 32), **options)
+
+def test_photographs_are_long_tailed_without_repetition():
+    """Class 2 is the most frequent one, then 0, then 1: 36, 18 and 12 of 66 images."""
+    torch.manual_seed(0)
+    data = make_photographs(order=[2, 0, 1], exponent=1.0, contrast=0.0, count=66)
+    numbers = data.images[:, 0, 0, 0].long()
+    assert len(numbers.unique()) == 66
+    assert data.labels.bincount().tolist() == [36, 18, 12]
+    assert (numbers % 3).tolist() == [[2, 0, 1][label] for label in data.labels]
+    everything = make_photographs(order=[2, 0, 1], exponent=0.0, contrast=0.0)
+    assert everything.labels.bincount().tolist() == [40] * 3 and len(everything.images) == 120
+
+def test_gratings_are_blended_into_photographs():
+    """Gray photographs show nothing but their grating, which is theirs in all views."""
+    torch.manual_seed(0)
+    data = make_photographs(order=[0, 1, 2], exponent=0.0, contrast=0.6)
+    index = torch.arange(120)
+    blended = data.blend(torch.full((120, 3, 32, 32), 102, dtype=torch.uint8), index)
+    gratings = (blended - 0.4 * 102 / 255) / 0.6
+    assert gratings.min() > -0.01 and gratings.max() < 1.01
+    spread = blended.flatten(1).std(dim=1)
+    assert spread.min() > 0.1  # A photograph without a grating has no spread here.
+    without = make_photographs(order=[0, 1, 2], exponent=0.0, contrast=0.0)
+    assert without.blend(without.images, index) is without.images
+    # The orientation of the edges tells the gratings apart, in any view.
+    first, second = [imbalance.low_level(255 * data.views(index)[:, :1].expand(-1, 3, -1, -1))
+                     ["orientation"] for _ in range(2)]
+    assert (first - second).abs().median() < 0.1 < (first - second.roll(1)).abs().median()
+    views = data.all_views()
+    assert views.shape == (120, 3, 32, 32)
+
+def test_gains_are_paired_by_seed_data_and_method():
+    runs = [{"seed": seed, "data_exponent": data, "contrast": 0.0, "prior_exponent": prior,
+             "method": "plain", "results": dict.fromkeys(which_prior.GAINS, value)}
+            for seed, data, prior, value in (
+                (0, 1, 0, 0.5), (0, 1, 1, 0.6), (1, 1, 1, 0.4), (1, 1, 0, 0.1), (0, 0, 0, 0.9))]
+    runs.append({**runs[0], "method": "random", "prior_exponent": None, "results": {"knn": 0.1}})
+    which_prior.add_gains(runs)
+    gains = [run["results"].get("gain_balanced_probe") for run in runs]
+    assert gains == [0, pytest.approx(0.1), pytest.approx(0.3), 0, 0, None]
 
 def test_measures_by_hand():
     values = torch.tensor([1, 0, 1, 1, 0, 0, 1]) > 0
@@ -56,7 +102,7 @@ def test_a_measure_without_a_value_is_left_out(monkeypatch):
     monkeypatch.setattr(which_prior, "train", lambda *args: None)
     monkeypatch.setattr(which_prior, "make_runs", lambda seed, args: [])
     monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
-    args = SimpleNamespace(classes=3, images=1024, epochs=1)
+    args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1)
     (untrained,) = which_prior.experiment(0, 1.0, 0.0, args)
     assert untrained["results"] == {"knn": 0.5}
 
@@ -71,8 +117,31 @@ def test_quick_run_end_to_end(tmp_path, capsys):
                      (1, "relative"), (None, "supervised")]
     assert results[1] == results[2]  # With the uniform prior, both ways are the same.
     assert all(results[i] != results[j] for i, j in ((1, 3), (3, 4), (2, 4)))
-    assert results[3]["gain"] == results[3]["knn"] - results[1]["knn"] != 0
     assert all(0 < result[name] < 1 for result in results for name in ("knn", "probe"))
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert len(table) == 2 + 6 + 1 and len(set(map(len, table[1:-1]))) == 1  # aligned
     assert min(Image.open(tmp_path / "which_prior.png").size) > 300
+
+@pytest.mark.slow
+def test_photographs_end_to_end(tmp_path, capsys):
+    """Images of two classes, with colors that differ a little, from a folder."""
+    for split, count in (("train", 200), ("test", 50)):
+        for c in range(3):
+            (tmp_path / split / str(c)).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.rand(32, 32, 3) * 100 + 40 * torch.eye(3)[c] + 10 * (i % 5)
+                Image.fromarray(pixels.byte().numpy()).save(tmp_path / split / str(c) / f"{i}.png")
+    options = ["--data", str(tmp_path), "--epochs", "2", "--methods", "plain", "any_order",
+               "--prior_exponents", "0", "1", "--data_exponents", "1", "--prototypes", "6",
+               "--contrasts", "0.3", "--out", str(tmp_path / "out"), "--workers", "1"]
+    with pytest.raises(SystemExit):
+        which_prior.main([*options, "--images", "600"])
+    assert "needs 327 images of the most frequent class, and there are 200" in (
+        capsys.readouterr().err)
+    which_prior.main([*options, "--images", "300"])
+    runs = json.loads((tmp_path / "out/which_prior.json").read_text())["runs"]
+    assert [(run["prior_exponent"], run["method"]) for run in runs] == [
+        (None, "random"), (0, "plain"), (0, "any_order"), (1, "plain"), (1, "any_order"),
+        (None, "supervised")]
+    assert runs[1]["results"] == runs[2]["results"] != runs[3]["results"]
+    assert runs[-1]["results"]["balanced_probe"] > 0.9  # Colors are easy.
