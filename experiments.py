@@ -8,10 +8,15 @@ import json
 import math
 import multiprocessing
 import os
+import platform
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +24,8 @@ import torch
 # The scripts take these three from here as well. In some notebooks matplotlib can only be imported
 # after train_inat.
 from train_inat import Figure, number, print_any_text
+
+FOLDER = Path(__file__).resolve().parent
 
 def parse(parser, argv):
     """The arguments. In a list no value may stand twice, because its result would count twice."""
@@ -59,11 +66,11 @@ def run_or_continue(experiment, jobs, args, config, path):
     these runs have in common.
     """
     config = json.loads(json.dumps(config, default=str))  # as it looks in the file
-    runs = []
+    runs, makers = [], []
     if path.exists():
         try:
             content = json.loads(path.read_text())
-            found, runs = content["config"], content["runs"]
+            found, runs, makers = content["config"], content["runs"], content["made_by"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a file of results: move it away") from None
         other = [name for name in config | found if config.get(name) != found.get(name)]
@@ -71,14 +78,37 @@ def run_or_continue(experiment, jobs, args, config, path):
             raise ValueError(f"{path} has results with another {', '.join(other)}: use another "
                              "--out, or move it away")
 
+    maker = made_by()
+    if maker not in makers:
+        makers.append(maker)
+
     def keep(job, result):
-        runs.extend({"job": list(job), **run} for run in result)
-        save({"config": config, "runs": runs}, path)
+        runs.extend({"job": list(job), "made_by": makers.index(maker), **run} for run in result)
+        save({"config": config, "made_by": makers, "runs": runs}, path)
 
     finished = [run["job"] for run in runs]
     run_in_processes(experiment, [job for job in jobs if list(job) not in finished], args, keep)
     # The file can have more jobs. The table of this command has its own, in their order.
     return [run for job in jobs for run in runs if run["job"] == list(job)]
+
+def made_by():
+    """Command, commit of this folder, machine and versions, for a file of results."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=FOLDER, capture_output=True, text=True).stdout
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").strip() or "unknown"
+        if git("status", "--porcelain", "--untracked-files=no"):
+            commit += " with changes"
+    except OSError:  # There is no git.
+        commit = "unknown"
+    script = os.path.relpath(sys.argv[0], FOLDER)
+    cpu = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    machine = f"{os.cpu_count()} cores, {cpu}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    return {"command": shlex.join(["python", script, *sys.argv[1:]]), "commit": commit,
+            "machine": machine, "python": platform.python_version(), "torch": torch.__version__}
 
 def end_with_parent():
     """Let this worker end when its parent ends, also if the parent is killed and cannot tell it."""

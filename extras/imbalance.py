@@ -460,7 +460,6 @@ def main(argv=None):
             *itertools.product(args.seeds, UNTRAINED, [num_classes])]
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "root", "methods", "seeds", "classes_per_batch", "workers")}
-    config["torch"] = torch.__version__
 
     print("seed  method            classes per batch epoch        loss       left", flush=True)
     began = time.time()

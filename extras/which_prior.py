@@ -388,7 +388,6 @@ def main(argv=None):
     config = {name: value for name, value in vars(args).items()
               if name not in ("data_exponents", "contrasts", "map", "out", "root", "seeds",
                               "workers")}
-    config["torch"] = torch.__version__
     try:
         runs = run_or_continue(experiment, jobs, args, config, args.out / "which_prior.json")
     except (OSError, ValueError) as error:

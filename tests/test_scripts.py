@@ -162,7 +162,8 @@ def test_mistakes_are_one_clear_line(script, options, message, tmp_path, monkeyp
         "plot_neighbors": None}),
     (rcdm, "rcdm.json", {
         "CornerImages": Mock(), "load_pmsn": Mock(), "plot": None,
-        "run_in_processes": lambda *_: [({"exponent": x, "results": RESULTS}, 0) for x in (0, 1)]})])
+        "run_in_processes": lambda *_: [({"exponent": x, "results": RESULTS}, 0)
+                                        for x in (0, 1)]})])
 def test_results_are_safe_before_the_table_and_the_figures(
         script, file, fakes, tmp_path, monkeypatch, capsys):
     """A figure can need LaTeX that is missing, and a terminal can refuse the sign ±."""
