@@ -36,26 +36,30 @@ def parse(parser, argv):
                 parser.error(f"argument --{name}: {value} is given twice")
     return args
 
-def run_in_processes(experiment, jobs, args, keep=lambda job, result: None):
+def run_in_processes(experiment, jobs, args, keep=lambda *_: None):
     """The results of experiment(*job, args) for all jobs, by `args.workers` processes.
 
-    keep(job, result) is called as soon as a job is done.
+    keep(job, result, seconds) is called as soon as a job is done.
     """
     began = time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"),
                              initializer=end_with_parent) as pool:
         try:
-            futures = {pool.submit(experiment, *job, args): job for job in jobs}
+            futures = {pool.submit(timed, experiment, *job, args): job for job in jobs}
             for done, future in enumerate(as_completed(futures), start=1):
-                keep(futures[future], future.result())
+                keep(futures[future], *future.result())
                 left = (time.time() - began) * (len(jobs) / done - 1)
                 print(f"{done} of {len(jobs)} runs done, about {left:.0f} s left", flush=True)
         except BaseException:  # an error, or KeyboardInterrupt
             for process in multiprocessing.active_children():
                 process.kill()
             raise
-    return [future.result() for future in futures]
+    return [future.result()[0] for future in futures]
+
+def timed(experiment, *arguments):
+    began = time.time()
+    return experiment(*arguments), time.time() - began
 
 def run_or_continue(experiment, jobs, args, config, path):
     """The runs of all jobs. They are in the file `path` as soon as a job is done.
@@ -82,8 +86,9 @@ def run_or_continue(experiment, jobs, args, config, path):
     if maker not in makers:
         makers.append(maker)
 
-    def keep(job, result):
-        runs.extend({"job": list(job), "made_by": makers.index(maker), **run} for run in result)
+    def keep(job, result, seconds):
+        about = {"job": list(job), "made_by": makers.index(maker), "job_seconds": round(seconds)}
+        runs.extend({**about, **run} for run in result)
         save({"config": config, "made_by": makers, "runs": runs}, path)
 
     finished = [run["job"] for run in runs]

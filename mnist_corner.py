@@ -47,8 +47,8 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 
 import pmsn
-from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
-                         run_in_processes, save, summarize)
+from experiments import (Figure, cell, finite, made_by, number, number_of_seeds, parse,
+                         print_any_text, run_in_processes, save, summarize)
 import matplotlib  # after train_inat, which experiments.py imports: see there
 
 SIZE = 32  # pixels per side of an image
@@ -583,11 +583,12 @@ def main(argv=None):
           "seed long-tailed    part epoch   left   losses", flush=True)
     found = run_in_processes(experiment, jobs, args)
     records = sum((records for records, _ in found), [])
-    config = {**vars(args), **settings, "torch": torch.__version__}
+    config = {**vars(args), **settings}
     config["references"] = [{"of_classes": of_classes, "of_prior": of_prior, **losses}
                             for (of_classes, of_prior), losses in references.items()]
     # The results come first. Nothing that goes wrong with the table or a figure can lose them.
-    save({"config": config, "runs": records}, args.out / "results.json")
+    save({"config": config, "made_by": [made_by()], "seconds": round(time.time() - began),
+          "runs": records}, args.out / "results.json")
     summary = summarize(records, key=lambda record: (record["long_tailed"], record["exponent"]))
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = [column for column in (

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import pmsn
-from experiments import Figure, number, print_any_text, save
+from experiments import Figure, made_by, number, print_any_text, save
 
 NUM_POINTS = 400
 DISTANCE = 2.2  # between the groups, whose standard deviations are 0.25 across and 1 along
@@ -261,6 +261,7 @@ def main(argv=None):
                         help="folder for results and figures (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="use 3 data sets, 2 imbalances")
     args = parser.parse_args(argv)
+    began = time.time()
     torch.set_num_threads(1)  # The tensors are small, and threads would wait for each other.
     seeds = list(range(args.seed, args.seed + (3 if args.quick else 20)))
     imbalances = sorted({*((1, 10) if args.quick else IMBALANCES), args.imbalance})
@@ -283,7 +284,8 @@ def main(argv=None):
             print(f"{method:<7}", *[f"{share:.3f}" for share in preferred[method]])
 
         scores, examples = sweep(imbalances, seeds)
-        results = {"config": vars(args), "adjusted_rand_index": scores,
+        results = {"config": vars(args), "made_by": [made_by()],
+                   "seconds": round(time.time() - began), "adjusted_rand_index": scores,
                    "preferred_shares": preferred, "prior": prior.tolist()}
         save(results, args.out / "results.json")
         plot_hidden_prior(args.out / "hidden_prior.png")

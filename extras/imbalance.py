@@ -359,7 +359,6 @@ def measure(encoder, images, labels, test_images, test_labels):
 def experiment(seed, name, classes_per_batch, args):
     """One encoder, trained and measured."""
     torch.set_num_threads(1)  # Several runs side by side are faster than several threads.
-    began = time.time()
     data = load_data(args.data, args.root, args.images)
     images, labels = data[:2]
     if name in UNTRAINED:
@@ -369,7 +368,7 @@ def experiment(seed, name, classes_per_batch, args):
         sampler = pmsn.ClassBatchSampler(labels["class"], args.batch_size, classes_per_batch)
         encoder = train(name, images, sampler, seed, args)
     return [{"seed": seed, "method": name, "classes_per_batch": classes_per_batch,
-             "results": measure(encoder, *data), "seconds": time.time() - began}]
+             "results": measure(encoder, *data)}]
 
 # ---- Tables and figures --------------------------------------------------------------------------
 def add_losses(runs, num_classes):

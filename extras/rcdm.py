@@ -35,8 +35,8 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
-from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
-                         run_in_processes, save, summarize)
+from experiments import (Figure, cell, finite, made_by, number, number_of_seeds, parse,
+                         print_any_text, run_in_processes, save, summarize)
 from mnist_corner import DIM, EXPONENT, LABELS, model_path, purity
 
 BATCH_SIZE = 128
@@ -329,8 +329,8 @@ def main(argv=None):
     found = run_in_processes(experiment, jobs, args)
     runs = [run for run, _ in found]
     summary = summarize(runs, key=lambda run: run["exponent"])
-    config = {**vars(args), "torch": torch.__version__}
-    save({"config": config, "runs": runs, "summary": summary}, args.out / "rcdm.json")
+    save({"config": vars(args), "made_by": [made_by()], "seconds": round(time.time() - began),
+          "runs": runs}, args.out / "rcdm.json")
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))
     for key in runs[0]["results"]:

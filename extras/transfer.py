@@ -43,6 +43,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 import train_inat
+from experiments import made_by
 from train_inat import (load_file, number, print_any_text, rank, world_size, write_figure,
                         write_whole)
 
@@ -402,8 +403,8 @@ def main(argv=None):
             if len(encoders) > 1:
                 mean, error = compare(*of_encoders[:2], test_labels)
                 differences.append({**about, "mean": mean, "standard_error": error})
-        content = {"config": {**vars(args), "torch": torch.__version__},
-                   "results": results, "differences": differences}
+        content = {"config": vars(args), "made_by": [made_by()], "results": results,
+                   "differences": differences}
         text = json.dumps(content, indent=1, default=str)
         write_whole(args.out / "transfer.json", lambda path: path.write_text(text))
     print_tables(results, differences)
