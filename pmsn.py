@@ -95,8 +95,9 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     if not prior_weight >= 0:
         raise ValueError(f"prior_weight must be at least 0, got {prior_weight}")
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
+    p = log_p.exp()
     # The prior is about the whole batch, so p_bar is the mean over all GPUs, with gradient.
-    p_bar = mean_over_ranks(log_p.exp().mean(dim=0))  # (K,)
+    p_bar = mean_over_ranks(p.mean(dim=0))  # (K,)
     log_prior = prior.to(log_p).log()  # (K,)
     if any_order:
         log_prior = in_order_of(p_bar, log_prior)
@@ -123,6 +124,9 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
         "mean_prediction": p_bar.detach(),  # (K,)
         # exp(H(p_bar)), where entr(x) = -x log x: 1 if one prototype takes all images
         "effective_prototypes": torch.special.entr(p_bar.detach()).sum().exp(),
+        # exp(mean H(p)) on this GPU: 1 if all predictions are confident. If every image gets the
+        # same prediction, which is the collapse that `sharpen` describes, it equals the line above.
+        "prototypes_per_view": torch.special.entr(p.detach()).sum(dim=-1).mean().exp(),
     }
 
 

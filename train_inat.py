@@ -70,10 +70,10 @@ PRIORS = {
     "uniform": lambda labels, args: pmsn.power_law_prior(args.prototypes, exponent=0.0),
     "classes": lambda labels, args: pmsn.class_prior(torch.bincount(labels)),
 }
-TERMS = ("loss", "cross_entropy", "prior_kl", "effective_prototypes")
-# The log has these four terms too. "eff." are effective prototypes.
-HEADER = "   epoch     loss       CE       KL    eff.       lr  images/s  hours left"
-ROW = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
+TERMS = ("loss", "cross_entropy", "prior_kl", "effective_prototypes", "prototypes_per_view")
+# The log has these five terms too. "eff." are effective prototypes, "view" prototypes per view.
+HEADER = "   epoch     loss       CE       KL    eff.    view       lr  images/s  hours left"
+ROW = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
 # A run can be continued with other values of these flags.
 FREE_FLAGS = ("data", "list", "out", "workers", "eval_every", "compile", "checkpoint_activations")
 IMAGE_ENDINGS = torchvision.datasets.folder.IMG_EXTENSIONS  # .jpg, .png and so on
@@ -752,7 +752,8 @@ def plot_history(history):
     """Terms of the loss and accuracies over the epochs."""
     figure = Figure(figsize=(17, 3.4), layout="constrained")
     axes = figure.subplots(1, 5)
-    for ax, name in [*zip(axes, TERMS), (axes[4], "knn_all"), (axes[4], "linear_all")]:
+    names = (*TERMS, "knn_all", "linear_all")
+    for ax, name in zip(axes[[0, 1, 2, 3, 3, 4, 4]], names):
         lines = [line for line in history if name in line]
         ax.plot([line["epoch"] for line in lines], [line[name] for line in lines], label=name)
         ax.legend(frameon=False)

@@ -110,6 +110,22 @@ def test_loss_equals_numpy_loop(options):
     close(terms["mean_prediction"], p_bar, 1e-9)
     close(terms["effective_prototypes"], math.exp(-(p_bar @ np.log(p_bar))), 1e-8)
 
+def test_prototypes_per_view_tell_both_collapses_from_clusters():
+    """Of two anchors one is at a prototype, and one is between two. Then all are alike."""
+    prior, axes = pmsn.power_law_prior(3, 1.0), torch.eye(3, dtype=torch.float64)
+
+    def terms_of(anchors):
+        return pmsn.pmsn_loss(anchors, anchors, axes, prior.double(), temperature=0.01)[1]
+
+    mixed = terms_of(torch.stack([axes[0], axes[1] + axes[2]]))
+    close(mixed["prototypes_per_view"], 2**0.5, 1e-9)  # exp of the mean of 0 and log 2
+    same = terms_of(0.01 * prior.double().log().expand(4, 3) + 1)
+    one = terms_of(axes[:1].expand(4, 3))
+    close(one["prototypes_per_view"], 1, 1e-9)
+    close(one["effective_prototypes"], 1, 1e-9)
+    assert same["effective_prototypes"] > 2
+    close(same["prototypes_per_view"], same["effective_prototypes"], 1e-9)
+
 def test_gradient_is_the_one_with_constant_targets():
     anchors, targets, prototypes = random_inputs(views=2)
     prior = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)

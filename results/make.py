@@ -1,0 +1,235 @@
+"""The tables of the READMEs, and the figures, from files of results. Nothing in them is typed.
+
+    python results/make.py                      # write all tables into the READMEs again
+    python results/make.py corner runs/corner   # first take the results and figures of this run
+
+A file of results is what a script wrote, with the command, the commit and the machine. A table
+stands in a README between the comments <!-- table: NAME --> and <!-- end -->. A figure carries the
+hash of the file of results that its run wrote. The tests compare all of this.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent / "extras")]
+import imbalance
+import which_prior
+from experiments import cell, summarize
+
+READMES = [FOLDER.parent / name for name in ("README.md", "extras/README.md")]
+# The figures of each run, and their names in figures/.
+FIGURES = {
+    "kmeans": {"kmeans.png": "kmeans.png", "hidden_prior.png": "hidden_prior.png"},
+    "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
+    "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
+    "letters": {"which_prior.png": "which_prior.png"},
+    "photographs": {"which_prior.png": "photographs.png"},
+    "imbalance": {"imbalance.png": "imbalance.png"},
+    "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
+}
+
+# ---- Files of results ----------------------------------------------------------------------------
+def path_of(name):
+    return FOLDER / f"{name}.json"
+
+def load(name):
+    return json.loads(path_of(name).read_text())
+
+def digest(name):
+    return hashlib.sha256(path_of(name).read_bytes()).hexdigest()[:16]
+
+def take(name, run):
+    """Copy the results of a run, with five decimals, and its figures."""
+    file, = run.glob("*.json")
+    content = json.loads(file.read_text(), parse_float=lambda text: round(float(text), 5))
+    path_of(name).write_text(json.dumps(content, separators=(",", ":")).replace("{", "\n{") + "\n")
+    info = PngInfo()
+    info.add_text("results", digest(name))
+    for source, target in FIGURES.get(name, {}).items():
+        with Image.open(run / source) as image:
+            image.save(FOLDER.parent / "figures" / target, pnginfo=info, optimize=True)
+
+# ---- Tables --------------------------------------------------------------------------------------
+PRIORS = {None: "", 0.0: "uniform", 1.0: "power law"}
+
+def table_of(runs, by, columns):
+    """A row per group of runs with the same values of `by`, and a column per result.
+
+    `by` and `columns` are {name in the file: name in the table}.
+    """
+    summary = summarize(runs, key=lambda run: tuple(run[name] for name in by))
+    rows = [[*map(str, group), *(cell(row, name) for name in columns)]
+            for group, row in summary.items()]
+    return markdown([*by.values(), *columns.values()], rows)
+
+def markdown(header, rows):
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def with_priors_named(runs):
+    return [{**run, "exponent": PRIORS[run["exponent"]]} for run in runs]
+
+def kmeans():
+    scores = load("kmeans")["adjusted_rand_index"]
+    sizes = list(next(iter(scores.values())))
+    return markdown(["sizes of the groups", *(f"{float(size):g}:1" for size in sizes)],
+                    [[name, *(f"{np.mean(row[size]):.2f} ± {np.std(row[size], ddof=1):.2f}"
+                              for size in sizes)] for name, row in scores.items()])
+
+def kmeans_shares():
+    content = load("kmeans")
+    rows = {**content["preferred_shares"], "the prior of PMSN": content["prior"]}
+    return markdown(["method", "shares of three clusters"],
+                    [[name, " ".join(f"{share:.3f}" for share in row)]
+                     for name, row in rows.items()])
+
+CORNER = {"long_tailed": "long-tailed", "exponent": "prior"}
+LOSSES = {"digit_loss": "loss of the digit's window", "background_loss": "... of the background's"}
+
+def corner():
+    return table_of(with_priors_named(load("corner")["runs"]), CORNER, LOSSES)
+
+def corner_neighbors():
+    columns = {"same_digit": "same digit", "same_background": "same background",
+               "prototype_digit": "purity, digit", "prototype_background": "purity, background",
+               "other_font": "same digit, other fonts"}
+    return table_of(with_priors_named(load("corner")["runs"]), CORNER, columns)
+
+def corner_bounds():
+    """What the losses could be, without any network."""
+    names = {0.0: "balanced", 1.0: "long-tailed"}
+    return markdown(
+        ["classes", "prior", "loss of the exact grouping", "lowest that a search finds"],
+        [[names[row["of_classes"]], PRIORS[row["of_prior"]], f"{row['exact']:.3f}",
+          f"{row['lowest']:.3f}"] for row in load("corner")["config"]["references"]])
+
+def corner_ingredients():
+    rows = []
+    for name, title in (("corner", "any order, 32 tries"), ("corner_fixed_order", "`--fixed_order`"),
+                        ("corner_one_try", "`--tries 1`")):
+        runs = load(name)["runs"]
+        right = [(run["chosen"] == run["long_tailed"]) == (run["exponent"] > 0) for run in runs]
+        steep = summarize([run for run in runs if run["exponent"]],
+                          key=lambda run: run["long_tailed"])
+        rows.append([title, *(cell(steep[which], loss) for which in ("digit", "background")
+                              for loss in LOSSES), f"{sum(right)} of {len(right)}"])
+    header = [f"{which} long-tailed: {loss}" for which in ("digits", "backgrounds")
+              for loss in ("digit", "background")]
+    return markdown(["", *header, "right choices"], rows)
+
+def corner_ordinary():
+    columns = {"same_digit": "encoder: same digit", "same_background": "same background",
+               "projection_digit": "projection: same digit",
+               "projection_background": "same background", "prototype_digit": "purity, digit",
+               "prototype_background": "purity, background", "whole_loss": "loss"}
+    return table_of(with_priors_named(load("corner_ordinary")["runs"]), CORNER, columns)
+
+def corner_mnist():
+    columns = {**LOSSES, "same_digit": "same digit", "same_background": "same background"}
+    return table_of(with_priors_named(load("corner_mnist")["runs"]), CORNER, columns)
+
+def rcdm():
+    """A row per measure, and a column per prior."""
+    summary = summarize(load("rcdm")["runs"], key=lambda run: run["exponent"])
+    names = {
+        "digit_of_samples": "samples with the most frequent digit of their prototype",
+        "digit_by_chance": "... by chance",
+        "digit_of_images": "... among the real images of the prototype",
+        "background_of_samples": "samples with the most frequent background of their prototype",
+        "background_by_chance": "... by chance",
+        "background_of_images": "... among the real images of the prototype",
+        "faithfulness": "samples whose own nearest prototype is theirs"}
+    return markdown(["", *(PRIORS[exponent] for exponent in summary)],
+                    [[title, *(cell(row, name) for row in summary.values())]
+                     for name, title in names.items()])
+
+PRIOR_ARMS = {"prior_exponent": "exponent of the prior", "method": "loss"}
+
+def prior_arms(name, data_exponent, contrast, columns):
+    runs = load(name)["runs"]
+    which_prior.add_gains(runs)
+    kept = [run for run in runs
+            if (run["data_exponent"], run["contrast"]) == (data_exponent, contrast)]
+    return table_of(kept, PRIOR_ARMS, columns)
+
+ACCURACIES = {"balanced_probe": "probe, balanced labels", "probe": "probe", "probe_tail": "its tail",
+              "knn": "k-NN", "knn_tail": "its tail"}
+GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
+
+def photographs_long_tailed():
+    return prior_arms("photographs", 1.0, 0.0, ACCURACIES)
+
+def photographs_gains():
+    return prior_arms("photographs", 1.0, 0.0, GAINS)
+
+def photographs_balanced():
+    return prior_arms("photographs", 0.0, 0.0, GAINS)
+
+def imbalanced(name):
+    content = load(name)
+    runs = content["runs"]
+    num_classes = max(run["classes_per_batch"] for run in runs)
+    of_groups = imbalance.add_losses(runs, num_classes)
+    columns = {"class": "class", "knn": "class, k-NN", "lost_class": "class lost",
+               "lost_knn": "lost, k-NN", "lost_luminance": "luminance lost",
+               "lost_color": "color lost", "lost_orientation": "orientation lost"}
+    return table_of(runs + of_groups,
+                    {"method": "method", "classes_per_batch": "classes per mini-batch"}, columns)
+
+TABLES = {  # the table, and the files that it comes from
+    "kmeans": (kmeans, ["kmeans"]),
+    "kmeans_shares": (kmeans_shares, ["kmeans"]),
+    "corner": (corner, ["corner"]),
+    "corner_bounds": (corner_bounds, ["corner"]),
+    "corner_neighbors": (corner_neighbors, ["corner"]),
+    "corner_ingredients": (corner_ingredients, ["corner_fixed_order", "corner_one_try"]),
+    "corner_ordinary": (corner_ordinary, ["corner_ordinary"]),
+    "corner_mnist": (corner_mnist, ["corner_mnist"]),
+    "rcdm": (rcdm, ["rcdm"]),
+    "photographs_long_tailed": (photographs_long_tailed, ["photographs"]),
+    "photographs_gains": (photographs_gains, ["photographs"]),
+    "photographs_balanced": (photographs_balanced, ["photographs"]),
+    "imbalance": (lambda: imbalanced("imbalance"), ["imbalance"]),
+    "imbalance_cifar10": (lambda: imbalanced("imbalance_cifar10"), ["imbalance_cifar10"]),
+}
+
+def about(names):
+    """What the numbers were made with: seeds, command, commit, machine and time."""
+    lines = []
+    for name in names:
+        content = load(name)
+        maker, runs = content["made_by"][-1], content.get("runs", [])
+        commits = dict.fromkeys(maker["commit"] for maker in content["made_by"])
+        seeds = sorted({run["seed"] for run in runs})
+        jobs = {str(run["job"]): run["job_seconds"] for run in runs if "job" in run}
+        lines.append(
+            (f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
+            + f"`{maker['command']}`, commit {', '.join(commits)}, {maker['machine']}, torch "
+            + f"{maker['torch']}, " + (f"{sum(jobs.values()) / 60:.0f} minutes of one core" if jobs
+                                       else f"{content['seconds']} s") + ".")
+    return "\n\n".join(lines)
+
+def with_tables(text):
+    """The text of a README with all of its tables written again."""
+    def write(match):
+        table, names = TABLES[match[1]]
+        return f"<!-- table: {match[1]} -->\n{table()}\n\n{about(names)}\n<!-- end -->"
+
+    return re.sub("<!-- table: (\\w+) -->.*?<!-- end -->", write, text, flags=re.DOTALL)
+
+def main(name=None, run=None):
+    if name:
+        take(name, Path(run))
+    for readme in READMES:
+        readme.write_text(with_tables(readme.read_text()))
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
