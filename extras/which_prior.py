@@ -40,14 +40,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.transforms import v2
 
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
                          run_or_continue, summarize)
-from imbalance import make_resnet, normalize, read_images
+from imbalance import make_resnet, normalize, random_crops, read_images
 from mnist_corner import (agreement, background_view, digit_view, draw, draw_gratings, make_encoder,
                           make_model, sample, schedule)
 
@@ -111,22 +110,20 @@ class Photographs:
 
     def views(self, index):
         """Random crops of these images in random colors, (B, 3, 32, 32)."""
-        crop = v2.RandomResizedCrop(SIZE, (0.2, 1.0), antialias=True)
-        flip = v2.RandomHorizontalFlip()
-        crops = torch.stack([flip(crop(image)) for image in self.images[index]])
+        crops = random_crops(self.images[index])
         return pmsn.make_views([self.blend(crops, index)[:, None]], blur_p=0.0)[0]
 
     def all_views(self):
         """Every image as it is, with a grating, (count, 3, 32, 32)."""
         parts = torch.arange(len(self.labels)).split(1000)
-        return torch.cat([normalize(self.blend(self.images[part], part)) for part in parts])
+        return torch.cat([normalize(self.blend(self.images[part] / 255, part)) for part in parts])
 
     def blend(self, images, index):
-        """Blend the gratings of the images with these indices into uint8 images."""
+        """Blend the gratings of the images with these indices into images in [0, 1]."""
         if not self.contrast:
             return images
         gratings = background_view(self.gratings[self.backgrounds[index]])
-        return torch.lerp(images / 255, gratings.expand(-1, 3, -1, -1), self.contrast).clamp(0, 1)
+        return torch.lerp(images, gratings.expand_as(images), self.contrast).clamp(0, 1)
 
 @functools.cache  # A process loads the images once, for all of its runs.
 def load_photographs(data, root):

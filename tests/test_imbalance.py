@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import v2
 
 import benchmark
 import imbalance
@@ -54,6 +55,30 @@ def test_folders_give_equally_many_images_per_class_and_bins_of_training(tmp_pat
     values, test_values = (imbalance.low_level(x)["color"].numpy() for x in (images, test_images))
     edges = np.quantile(values, (0.2, 0.4, 0.6, 0.8))
     assert test_labels["color"].tolist() == np.searchsorted(edges, test_values).tolist()
+
+def test_random_crops_are_those_of_torchvision():
+    """A crop of an image that shows its coordinates tells where it was taken, and how large."""
+    torch.manual_seed(0)
+    ramp = (8 * torch.arange(32.0) + 4).expand(32, 32)  # x in units of 1/8 pixel
+    image = torch.stack([ramp, ramp.T, torch.full((32, 32), 77.0)]).to(torch.uint8)
+    crops = 255 * imbalance.random_crops(image.expand(4000, -1, -1, -1))
+    assert crops.shape == (4000, 3, 32, 32) and (crops[:, 2] - 77).abs().max() < 1e-3
+    library = v2.RandomResizedCrop(32, (0.2, 1.0), antialias=True)
+    expected = torch.stack([library(image.float()) for _ in range(4000)])
+
+    def box_of(x):  # the middle and the width of the crop, in x and in y
+        middle = torch.stack([x[:, 0, :, 15:17].mean((1, 2)), x[:, 1, 15:17].mean((1, 2))], dim=1)
+        width = torch.stack([x[:, 0, 16, 28] - x[:, 0, 16, 4], x[:, 1, 28, 16] - x[:, 1, 4, 16]], 1)
+        return middle, width
+
+    (middle, width), (their_middle, their_width) = box_of(crops), box_of(expected)
+    flipped = width[:, 0] < 0
+    assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (width[:, 1] > 0).all() and (their_width > 0).all()
+    for ours, theirs in ((middle, their_middle), (width.abs(), their_width)):
+        for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+            torch.testing.assert_close(ours.quantile(q, dim=0), theirs.quantile(q, dim=0),
+                                       rtol=0, atol=10.0)  # a pixel of 32
 
 # ---- Encoders and methods ------------------------------------------------------------------------
 def test_the_resnet_by_hand():
@@ -148,7 +173,8 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     recorder, steps = torch.nn.Module(), []
     recorder.encoder, recorder.update_target = torch.nn.Linear(1, 1), Mock()
     def forward(views):
-        steps.append((views[0].unique().tolist(), recorder.encoder.weight.item()))
+        seen = (255 * views[0]).round().unique().tolist()
+        steps.append((seen, recorder.encoder.weight.item()))
         return recorder.encoder.weight.sum(), {}
     recorder.forward = forward
     monkeypatch.setitem(imbalance.METHODS, "SimCLR", (lambda: recorder, 0.01))

@@ -61,8 +61,8 @@ def test_gratings_are_blended_into_photographs():
     torch.manual_seed(0)
     data = make_photographs(order=[0, 1, 2], exponent=0.0, contrast=0.6)
     index = torch.arange(120)
-    blended = data.blend(torch.full((120, 3, 32, 32), 102, dtype=torch.uint8), index)
-    gratings = (blended - 0.4 * 102 / 255) / 0.6
+    blended = data.blend(torch.full((120, 3, 32, 32), 0.4), index)
+    gratings = (blended - 0.4 * 0.4) / 0.6
     assert gratings.min() > -0.01 and gratings.max() < 1.01
     spread = blended.flatten(1).std(dim=1)
     assert spread.min() > 0.1  # A photograph without a grating has no spread here.
