@@ -4,6 +4,7 @@ Each experiment is a function of a seed and more. It runs once per job, in sever
 gives numbers. Here they become means and standard deviations over the seeds.
 """
 
+import errno
 import json
 import math
 import multiprocessing
@@ -26,6 +27,9 @@ import torch
 from train_inat import Figure, number, print_any_text
 
 FOLDER = Path(__file__).resolve().parent
+
+class UserError(Exception):
+    """What a user can mend: main turns it into one line."""
 
 def parse(parser, argv):
     """The arguments. In a list no value may stand twice, because its result would count twice."""
@@ -66,21 +70,27 @@ def run_or_continue(experiment, jobs, args, config, path):
 
     experiment(*job, args) gives a list of runs, which are dictionaries. Jobs that are in the file
     already are not repeated, so the same command continues after a kill, and a command with more
-    seeds adds to the file. Raises ValueError if the file has another `config`, which is all that
-    these runs have in common.
+    seeds adds to the file. `config` has the settings that all runs of a file share. Raises
+    UserError if the file has other ones, is no file of results, or belongs to a running command.
     """
     config = json.loads(json.dumps(config, default=str))  # as it looks in the file
     runs, makers = [], []
+    lock = lock_folder(path.parent)
     if path.exists():
         try:
             content = json.loads(path.read_text())
             found, runs, makers = content["config"], content["runs"], content["made_by"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not a file of results: move it away") from None
-        other = [name for name in config | found if config.get(name) != found.get(name)]
+            other = [name for name in config | found if config.get(name) != found.get(name)]
+            finished = [run["job"] for run in runs]
+            commits = ", ".join(dict.fromkeys(maker["commit"] for maker in makers))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is not a file of results: move it away") from None
         if other:
-            raise ValueError(f"{path} has results with another {', '.join(other)}: use another "
-                             "--out, or move it away")
+            raise UserError(f"{path} has results with another {', '.join(other)}: use another "
+                            "--out, or move it away")
+        print(f"{path} has {len(finished)} runs already, made by commit {commits}", flush=True)
+    else:
+        finished = []
 
     maker = made_by()
     if maker not in makers:
@@ -91,10 +101,22 @@ def run_or_continue(experiment, jobs, args, config, path):
         runs.extend({**about, **run} for run in result)
         save({"config": config, "made_by": makers, "runs": runs}, path)
 
-    finished = [run["job"] for run in runs]
     run_in_processes(experiment, [job for job in jobs if list(job) not in finished], args, keep)
+    lock.close()
     # The file can have more jobs. The table of this command has its own, in their order.
     return [run for job in jobs for run in runs if run["job"] == list(job)]
+
+def lock_folder(folder):
+    """An open file that locks the folder until it is closed. Two commands would lose results."""
+    import fcntl  # is missing on Windows
+
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # Some file systems have no locks.
+            raise UserError(f"another command writes to --out {folder}") from None
+    return lock
 
 def made_by():
     """Command, commit of this folder, machine and versions, for a file of results."""

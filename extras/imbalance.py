@@ -17,8 +17,9 @@ SimCLR, VICReg, SwAV and MSN train a small ResNet, and MAE and data2vec a small 
 because they hide patches. All share images, mini-batches, optimizer and linear probe. In the paper
 SimCLR trains a ResNet-50 on mini-batches of 4096 images of ImageNet, and MSN a vision transformer.
 
-Two arms are ours. SimCLR-GroupNorm has no BatchNorm, whose statistics come from one class too. PMSN
-is MSN with a steep prior in any order: a mini-batch of one class may then use few prototypes.
+More arms, with --methods. With one class per mini-batch the statistics of BatchNorm come from one
+class, and SimCLR-GroupNorm has none. PMSN is MSN with a steep prior in any order, so that a
+mini-batch of one class may use few prototypes. MSN-5 is MSN with few prototypes.
 """
 
 import argparse
@@ -43,8 +44,8 @@ from torchvision.transforms import v2
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from experiments import (Figure, cell, number, number_of_seeds, parse, print_any_text,
-                         run_or_continue, summarize)
+from experiments import (Figure, UserError, cell, number, number_of_seeds, parse,
+                         print_any_text, run_or_continue, summarize)
 from mnist_corner import random_numbers, warp
 
 VOLUME = ("SimCLR", "VICReg", "SwAV", "MSN")
@@ -113,13 +114,11 @@ def load_data(data, root, count):
         num_classes = 10
         sets = [synthetic_images(count // 10 * 10, seed) for seed in (0, 1)]
     else:
-        if data == "CIFAR10":
-            splits = [CIFAR10(root, train, download=True) for train in (True, False)]
-        else:
-            splits = [ImageFolder(Path(data, name)) for name in ("train", "test")]
-        if splits[0].classes != splits[1].classes:
-            raise ValueError("training and test images have different classes")
+        splits = load_splits(data, root)
         num_classes = len(splits[0].classes)
+        if count < num_classes:
+            raise ValueError(f"--images {count} are less than one for each of the {num_classes} "
+                             "classes")
         sets = [read_images(split, count // num_classes) for split in splits]
     labels = [{"class": torch.arange(len(images)) % num_classes} for images in sets]
     training_values, test_values = low_level(sets[0]), low_level(sets[1])
@@ -128,6 +127,16 @@ def load_data(data, root, count):
         labels[0][task] = torch.bucketize(training_values[task], edges)
         labels[1][task] = torch.bucketize(test_values[task], edges)
     return sets[0], labels[0], sets[1], labels[1]
+
+def load_splits(data, root):
+    """Data sets of torchvision for training and for tests: CIFAR10, or a folder with both."""
+    if data == "CIFAR10":
+        splits = [CIFAR10(root, train, download=True) for train in (True, False)]
+    else:
+        splits = [ImageFolder(Path(data, name)) for name in ("train", "test")]
+    if splits[0].classes != splits[1].classes:
+        raise ValueError("training and test images have different classes")
+    return splits
 
 def read_images(dataset, per_class=None):
     """Images of a torchvision dataset, the same number of each class and the classes in turn.
@@ -143,9 +152,9 @@ def read_images(dataset, per_class=None):
 def random_crops(images, area=(0.2, 1.0)):
     """A random crop and flip of each image: uint8 (B, 3, 32, 32) -> (B, 3, 32, 32) in [0, 1].
 
-    The same as RandomResizedCrop of torchvision, with a share of the area from `area` and an aspect
-    ratio from 3/4 to 4/3. But this is one call for a mini-batch, and ten times faster. (A side that
-    would be longer than the image is as long as the image. torchvision would draw again.)
+    Like RandomResizedCrop of torchvision, with a share of the area from `area` and an aspect ratio
+    from 3/4 to 4/3, but ten times faster, because it is one call for a mini-batch. One difference:
+    a side that would be longer than the image is as long as the image. torchvision draws again.
     """
     share = torch.empty(len(images), 1).uniform_(*area)
     stretch = random_numbers(images, math.log(4 / 3) / 2, 1).exp()  # root of the aspect ratio
@@ -203,9 +212,9 @@ def simclr_group_norm():
             method.head[place] = group_norm(layer.num_features)
     return method
 
-def masked_siamese(exponent):
+def masked_siamese(exponent, num_prototypes=64):
     """MSN, or PMSN if the exponent of the prior is not 0. It masks no patches of the ResNet."""
-    prior = pmsn.power_law_prior(64, exponent)
+    prior = pmsn.power_law_prior(num_prototypes, exponent)
     return pmsn.PMSN(make_resnet(), prior, head=make_head(), output_dim=128, patch_drop=0)
 
 class MAE(nn.Module):
@@ -279,8 +288,8 @@ def data2vec_loss(predictions, outputs, hidden):
     targets = F.layer_norm(targets, targets.shape[-1:])
     return (predictions - targets).square().mean(dim=-1)[hidden].mean()
 
-# For each method the module and the learning rate. The rates gave the best class accuracy with
-# balanced mini-batches, on another seed.
+# For each method the module and the learning rate. The rates of the first six gave the best class
+# accuracy with balanced mini-batches of CIFAR-10, with seed 10 and 3 epochs, among two or three.
 METHODS = {
     "SimCLR": (simclr, 2e-3),
     "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 2e-3),
@@ -289,11 +298,14 @@ METHODS = {
     "MAE": (MAE, 3e-3),
     "data2vec": (Data2Vec, 3e-3),
     "SimCLR-GroupNorm": (simclr_group_norm, 2e-3),
-    # With exponent 2 a mini-batch uses 5 of 64 prototypes, about as many as there are per class.
+    # There are 6 of 64 prototypes per class. With exponent 2 a mini-batch uses about 5 of them.
     "PMSN": (lambda: masked_siamese(exponent=2.0), 2e-3),
+    "MSN-5": (lambda: masked_siamese(exponent=0.0, num_prototypes=5), 2e-3),
 }
 LOSS_OPTIONS = {"PMSN": {"any_order": True}}
 UNTRAINED = {"random ResNet": make_resnet, "random ViT": make_vit, "raw pixels": lambda: None}
+FLOORS = {name: "random ViT" if name in GROUPS["without one"] else "random ResNet"
+          for name in METHODS}
 
 # ---- Training: one loop for all methods ----------------------------------------------------------
 def train(name, images, sampler, seed, args):
@@ -329,11 +341,12 @@ def train(name, images, sampler, seed, args):
             losses.append(loss.item())
         mean_loss = np.mean(losses)
         if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss of {name} is not finite in epoch {epoch}: try a lower --lr")
+            raise UserError(f"the loss of {name} is not finite in epoch {epoch}: try a lower --lr")
         left = round((time.time() - began) * (args.epochs - epoch) / epoch)
         print(f"{seed:>4}  {name:<17} {sampler.classes_per_batch:>17} {epoch:>5}/{args.epochs:<4} "
               f"{mean_loss:>9.4f} {left // 60:>8}:{left % 60:02}", flush=True)
-    return method.encoder
+    # The features of MSN are those of its target network. data2vec's are those of its student.
+    return method.target_encoder if isinstance(method, pmsn.PMSN) else method.encoder
 
 # ---- Measuring -----------------------------------------------------------------------------------
 def normalize(images):
@@ -389,22 +402,24 @@ def experiment(seed, name, classes_per_batch, args):
 def add_losses(runs, num_classes):
     """Add what imbalanced mini-batches cost: the accuracy lost in each task, for each seed.
 
-    Returns the same for both groups of methods and their difference, as runs of their own.
+    `lost_share` is the class accuracy lost as a share of what the method had gained over a random
+    encoder. Returns the same for both groups of methods and their difference, as runs of their own.
     """
     balanced = {(run["seed"], run["method"]): run["results"]
                 for run in runs if run["classes_per_batch"] == num_classes}
-    for run in runs:
-        before = dict(balanced[run["seed"], run["method"]])
-        if run["classes_per_batch"] != num_classes:
-            for task in before:
-                run["results"][f"lost_{task}"] = before[task] - run["results"][task]
-
-    def mean(name, task):
-        return np.mean([found[task] for (_, method), found in balanced.items() if method == name])
-
+    means = {row[0]: result["class"]["mean"] for row, result in summarize(
+        [run for run in runs if run["classes_per_batch"] == num_classes],
+        key=lambda run: (run["method"],)).items()}
     # A method has learned if it is .05 above a random encoder. The others cannot lose much.
-    floor = max(mean(name, "class") for name in ("random ResNet", "random ViT"))
-    learned = {name for _, name in balanced if mean(name, "class") >= floor + 0.05}
+    learned = {name for name in means if means[name] >= means[FLOORS.get(name, name)] + 0.05}
+    for run in runs:
+        before = balanced[run["seed"], run["method"]]
+        if run["classes_per_batch"] != num_classes:
+            lost = {f"lost_{task}": before[task] - run["results"][task] for task in before}
+            if run["method"] in learned:
+                floor = balanced[run["seed"], FLOORS[run["method"]]]["class"]
+                lost["lost_share"] = lost["lost_class"] / (before["class"] - floor)
+            run["results"].update(lost)
     of_groups = []
     for seed, count in dict.fromkeys((run["seed"], run["classes_per_batch"]) for run in runs):
         lost = {}
@@ -430,7 +445,8 @@ def plot(runs, args):
         for name in args.methods:
             lost = [run["results"][f"lost_{task}"] for run in runs
                     if (run["method"], run["classes_per_batch"]) == (name, count)]
-            ax.bar(name, np.mean(lost), color="#30638e" if name in VOLUME else "#8c8c8c")
+            volume = name not in GROUPS["without one"]
+            ax.bar(name, np.mean(lost), color="#30638e" if volume else "#8c8c8c")
             ax.plot([name] * len(lost), lost, "ko", markersize=3.5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.tick_params(axis="x", rotation=60)
@@ -447,7 +463,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="synthetic", help="synthetic, CIFAR10 or a folder with train and test")
     add("--root", default="data", help="where torchvision keeps CIFAR10")
-    add("--out", type=Path, default="runs/imbalance", help="folder for results and figure")
+    add("--out", type=Path, help="folder for results and figure (default: one in runs)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:6], help="what to train")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="one run each")
     add("--classes_per_batch", nargs="+", type=number(int, 1), default=[1],
@@ -460,30 +476,42 @@ def main(argv=None):
     add("--quick", action="store_true", help="1 epoch of two methods on 300 images")
     args = parse(parser, argv)
     if args.quick:
-        args.methods, args.images, args.epochs, args.batch_size = ["SimCLR", "MAE"], 300, 1, 30
+        args.methods, args.images, args.epochs = ["SimCLR", "MAE"], 300, 1
+    name = "quick" if args.quick else Path(args.data).name
+    args.out = args.out or Path("runs", f"imbalance_{name}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         classes = load_data(args.data, args.root, args.images)[1]["class"]
         num_classes = len(classes.unique())
-        for count in (num_classes, *args.classes_per_batch):
-            pmsn.ClassBatchSampler(classes, args.batch_size, count)
+        if args.quick:
+            args.batch_size = 3 * num_classes
+        counts = [num_classes, *(n for n in args.classes_per_batch if n != num_classes)]
+        if len(counts) == 1:
+            raise ValueError(f"--classes_per_batch must be other than all {num_classes} classes")
+        steps = [len(pmsn.ClassBatchSampler(classes, args.batch_size, count)) for count in counts]
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"{len(classes)} images give {steps} mini-batches of {counts} classes. Choose "
+                "--batch_size and --images such that it divides the images of each class")
     except (OSError, SyntaxError, RuntimeError, ValueError) as error:
-        parser.error(f"cannot start with this --data, --out or --batch_size: {error}")
-    counts = [num_classes, *(count for count in args.classes_per_batch if count != num_classes)]
+        parser.error("cannot start with this --data, --out or --batch_size: "
+                     + " ".join(str(error).split()))
     jobs = [*itertools.product(args.seeds, args.methods, counts),
             *itertools.product(args.seeds, UNTRAINED, [num_classes])]
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "root", "methods", "seeds", "classes_per_batch", "workers")}
+    config["rates"] = {name: args.lr or lr for name, (_, lr) in METHODS.items()}
 
     print("seed  method            classes per batch epoch        loss       left", flush=True)
     began = time.time()
     try:
         runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         parser.error(str(error))
     of_groups = add_losses(runs, num_classes)
     summary = summarize(runs + of_groups, lambda run: (run["method"], run["classes_per_batch"]))
-    columns = ["class", "knn", *(f"lost_{task}" for task in ("class", "knn", *TASKS[1:]))]
+    columns = ["class", "knn", "lost_share",
+               *(f"lost_{task}" for task in ("class", "knn", *TASKS[1:]))]
     print(f"\naccuracy, and what is lost against all classes per mini-batch: mean ± std over "
           f"n = {number_of_seeds(summary)} seeds")
     print(f"{'method':<18}{'classes':>9}" + "".join(f"{column:>18}" for column in columns))

@@ -39,14 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torchvision.datasets import CIFAR10, ImageFolder
 
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from experiments import (Figure, cell, finite, number, number_of_seeds, parse, print_any_text,
-                         run_or_continue, summarize)
-from imbalance import make_resnet, normalize, random_crops, read_images
+from experiments import (Figure, UserError, cell, finite, number, number_of_seeds, parse,
+                         print_any_text, run_or_continue, summarize)
+from imbalance import load_splits, make_resnet, normalize, random_crops, read_images
 from mnist_corner import (agreement, background_view, digit_view, draw, draw_gratings, make_encoder,
                           make_model, sample, schedule)
 
@@ -103,8 +102,11 @@ class Photographs:
         prior = pmsn.power_law_prior(len(order), exponent)
         per_class = (prior * (count or len(images))).round().long()
         places = [torch.randperm(len(images) // len(order))[:n] for n in per_class]
-        self.images = images[torch.cat([place * len(order) + c for place, c in zip(places, order)])]
-        self.labels = torch.arange(len(order)).repeat_interleave(per_class)
+        index = torch.cat([place * len(order) + c for place, c in zip(places, order)])
+        labels = torch.arange(len(order)).repeat_interleave(per_class)
+        # In a random order, every part of the images has about the same classes.
+        mixed = torch.randperm(len(index))
+        self.images, self.labels = images[index[mixed]], labels[mixed]
         self.gratings, self.contrast = draw_gratings(), contrast
         self.backgrounds = torch.randint(len(self.gratings), self.labels.shape)
 
@@ -128,16 +130,14 @@ class Photographs:
 @functools.cache  # A process loads the images once, for all of its runs.
 def load_photographs(data, root):
     """Images for training and for tests, uint8 (N, 3, 32, 32) each, and the number of classes."""
-    if data == "CIFAR10":
-        splits = [CIFAR10(root, train, download=True) for train in (True, False)]
-    else:
-        splits = [ImageFolder(Path(data, name)) for name in ("train", "test")]
-    if splits[0].classes != splits[1].classes:
-        raise ValueError("training and test images have different classes")
+    splits = load_splits(data, root)
     return *(read_images(split) for split in splits), len(splits[0].classes)
 
 def make_data(exponent, contrast, args):
-    """Images to train on, others with balanced classes for the classifiers, and test images."""
+    """Images to train on, test images, and balanced images for the classifiers.
+
+    The last two are balanced. The balanced photographs contain those to train on.
+    """
     if args.data == "letters":
         return (Letters(TRAIN_FONTS, args.classes, exponent, contrast, args.images),
                 Letters(TEST_FONTS, args.classes, 0.0, contrast, args.images // 4),
@@ -210,12 +210,16 @@ def train(runs, data, args, title):
                     if value.ndim == 0:
                         mean = value.item() / steps_per_epoch
                         run.terms[name] = run.terms.get(name, 0.0) + mean
+        for run in runs:
+            if not all(map(math.isfinite, run.terms.values())):
+                raise UserError(f"the loss is not finite in epoch {epoch + 1}: prior exponent "
+                                f"{run.exponent}, {', '.join(run.methods)}")
         left = (time.time() - began) * (args.epochs / (epoch + 1) - 1)
         print(f"{title}{epoch + 1:>6}{left:>7.0f}s", flush=True)
 
 # ---- Measures ------------------------------------------------------------------------------------
 @torch.no_grad()
-def measure(run, sets, views):
+def measure(run, sets, views, num_classes):
     """Accuracy on test images, and how the training images use the prototypes.
 
     `sets` are those of `make_data`, and `views` is one view of each of their images. k-NN and probe
@@ -228,7 +232,6 @@ def measure(run, sets, views):
     run.encoder.eval()
     features, test_features, balanced_features = [
         torch.cat([run.encoder(part) for part in x.split(1000)]) for x in views]
-    num_classes = int(test.labels.max()) + 1
     found = {"same_background": agreement(test_features, test.backgrounds)}
     if isinstance(data, Letters):
         found["same_font"] = agreement(test_features, test.fonts)
@@ -272,12 +275,14 @@ def experiment(seed, data_exponent, contrast, args):
     sets = make_data(data_exponent, contrast, args)
     views = [data.all_views() for data in sets]
     runs = make_runs(seed, args)
+    torch.manual_seed(seed)
     untrained = SimpleNamespace(exponent=None, methods=["random"], model=None,
                                 encoder=make_encoder_for(args), terms={})
+    torch.manual_seed(seed)  # The views do not depend on the models.
     train(runs, sets[0], args, f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}")
     found = []
     for run in [untrained, *runs]:
-        results = finite({**run.terms, **measure(run, sets, views)})
+        results = finite({**run.terms, **measure(run, sets, views, args.classes)})
         found += [{"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
                    "prior_exponent": run.exponent, "method": method, "results": results}
                   for method in run.methods]
@@ -295,7 +300,7 @@ def add_gains(runs):
     for run in runs:
         if key(run) in uniform:
             before, results = uniform[key(run)], run["results"]
-            for name in GAINS:
+            for name in set(GAINS) & set(results) & set(before):
                 results[f"gain_{name}"] = results[name] - before[name]
 
 # ---- Figure --------------------------------------------------------------------------------------
@@ -320,13 +325,7 @@ def plot(summary, path):
         ax.axvline(kind[0], color="gray", alpha=0.3)
         ax.set_title(name_of(kind), fontsize="medium")
     axes[0, 0].legend(fontsize="small")
-    wins = []
-    for arm, row in summary.items():
-        if arm[0] and arm[0] == arm[2] and "gain_knn" in row:
-            if row["gain_knn"]["mean"] > row["gain_knn"]["std"]:
-                wins.append(f"{arm[3]} ({name_of(arm)})")
-    figure.suptitle("Where the prior of the classes (gray line) beats the uniform prior on "
-                    f"long-tailed data: {', '.join(wins) or 'nowhere'}")
+    figure.suptitle("Which prior gives the best features? The gray line is the one of the classes")
     figure.supxlabel("exponent of the prior (0: uniform)")
     figure.supylabel(f"k-NN accuracy on balanced images (n = {number_of_seeds(summary)} seeds)")
     figure.savefig(path)
@@ -351,7 +350,7 @@ def main(argv=None):
     add("--classes", type=number(int, 3, 64), default=64, help="how many letters and symbols")
     add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")
     add("--prior_weight", type=number(float, 0, 1e6), default=1.0, help="weight of the KL term")
-    add("--out", type=Path, default="runs/which_prior", help="folder for results and figure")
+    add("--out", type=Path, help="folder for results and figure (default: one in runs)")
     add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
     add("--images", type=number(int, 256), help="to train on (letters: 16,000, photographs: 5,800)")
     add("--epochs", type=number(int, 1), help="of training (letters: 10, photographs: 30)")
@@ -365,18 +364,22 @@ def main(argv=None):
         args.data_exponents, args.prior_exponents = [1.0], [0.0, 1.0]
         args.images, args.epochs = 1024, 1
     letters = args.data == "letters"
+    name = "quick" if args.quick else "map" if args.map else Path(args.data).name
+    args.out = args.out or Path("runs", f"which_prior_{name}")
     args.images = args.images or (16_000 if letters else 5800)
     args.epochs = args.epochs or (10 if letters else 30)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not letters:
             images, _, args.classes = load_photographs(args.data, args.root)
+            if args.classes < 3:
+                raise ValueError("there must be three classes or more: frequent, middle and rare")
             most = max(args.images * pmsn.power_law_prior(args.classes, exponent)[0].item()
                        for exponent in args.data_exponents)
             if round(most) > len(images) // args.classes:
                 raise ValueError(f"--images {args.images} needs {most:.0f} images of the most "
                                  f"frequent class, and there are {len(images) // args.classes}")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, SyntaxError, RuntimeError, ValueError) as error:
         parser.error(f"cannot load --data or write to --out: {' '.join(str(error).split())}")
 
     print("seed     data  contrast epoch    left", flush=True)
@@ -387,7 +390,7 @@ def main(argv=None):
                               "workers")}
     try:
         runs = run_or_continue(experiment, jobs, args, config, args.out / "which_prior.json")
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         parser.error(str(error))
     add_gains(runs)
     keys = ("data_exponent", "contrast", "prior_exponent", "method")

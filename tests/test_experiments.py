@@ -14,6 +14,14 @@ import torch
 import experiments
 
 CALLS = "calls.txt"
+LOCK = """import experiments, pathlib, sys
+lock = experiments.lock_folder(pathlib.Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()"""
+
+def git(folder, *words):
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=folder,
+                   check=True, capture_output=True)
 
 def experiment(seed, name, args):
     """Two runs with the seed as a result. The seed 13 fails."""
@@ -23,7 +31,7 @@ def experiment(seed, name, args):
         raise ValueError("bad luck")
     return [{"name": f"{name}{i}", "results": {"seed": seed}} for i in range(2)]
 
-def test_finished_jobs_are_kept_and_not_repeated(tmp_path):
+def test_finished_jobs_are_kept_and_not_repeated(tmp_path, monkeypatch):
     args, path = SimpleNamespace(workers=1, out=tmp_path), tmp_path / "results.json"
 
     def run(*jobs, **config):
@@ -38,36 +46,42 @@ def test_finished_jobs_are_kept_and_not_repeated(tmp_path):
         run((1, "a"), (13, "a"), (2, "a"))
     assert calls()[:2] == ["1 a", "13 a"]  # The third job may begin before the error is known.
     assert [run["name"] for run in json.loads(path.read_text())["runs"]] == ["a0", "a1"]
+    monkeypatch.setattr(sys, "argv", ["another command"])
     found = run((2, "a"), (1, "a"), (1, "b"))
+    commands = [maker["command"].split()[-1] for maker in json.loads(path.read_text())["made_by"]]
+    assert [run["made_by"] for run in found] == [1, 1, 0, 0, 1, 1] and len(commands) == 2
     assert calls() == ["2 a", "1 b"]
     assert [(run["name"], run["results"]["seed"]) for run in found] == [
         ("a0", 2), ("a1", 2), ("a0", 1), ("a1", 1), ("b0", 1), ("b1", 1)]
     # What a smaller command does not use stays in the file.
     assert len(run((1, "b"))) == 2 and calls() == []
     assert len(json.loads(path.read_text())["runs"]) == 6
-    with pytest.raises(ValueError, match="results with another lr, steps: use another --out"):
+    with pytest.raises(experiments.UserError, match="with another lr, steps: use another --out"):
         run((3, "a"), lr=0.2, steps=5)
-    for broken in ("old", "{}", "[1]", '{"config": 3'):
+    with subprocess.Popen([sys.executable, "-c", LOCK, tmp_path], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(experiments.UserError, match="another command writes to --out"):
+            run((3, "a"))
+        other.stdin.close()
+    for broken in ("old", "{}", "[1]", '{"config": 3', '{"config": 3, "runs": [], "made_by": []}',
+                   '{"config": {}, "runs": [{"seed": 0}], "made_by": []}'):
         path.write_text(broken)
-        with pytest.raises(ValueError, match="not a file of results: move it away"):
+        with pytest.raises(experiments.UserError, match="not a file of results: move it away"):
             run((3, "a"))
         assert path.read_text() == broken
     assert calls() == []
 
 def test_results_name_their_command_and_commit(tmp_path, monkeypatch):
     """In a repository of its own: a clean commit, a change, and a folder without a repository."""
-    def git(*words):
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path,
-                       check=True, capture_output=True)
-
     monkeypatch.setattr(experiments, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "extras/a.py"), "--out", "two words"])
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert experiments.made_by()["commit"] == "unknown"
-    git("init")
+    git(tmp_path, "init")
     (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-m", "first")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-m", "first")
     clean = experiments.made_by()
     assert clean["command"] == "python extras/a.py --out 'two words'"
     assert re.fullmatch("[0-9a-f]{7,}", clean["commit"])

@@ -147,7 +147,7 @@ def test_every_method_trains_its_encoder_and_no_target(name):
             assert parameter.grad is None and not parameter.requires_grad
         else:
             assert parameter.grad.abs().sum() > 0, parameter_name
-    assert hasattr(method, "update_target") == (name in ("MSN", "PMSN", "data2vec"))
+    assert hasattr(method, "update_target") == (name in ("MSN", "PMSN", "MSN-5", "data2vec"))
     if name == "data2vec":
         method.encoder.norm.bias.data += 1
         method.update_target(ema_momentum=0.9)
@@ -177,12 +177,19 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
         steps.append((seen, recorder.encoder.weight.item()))
         return recorder.encoder.weight.sum(), {}
     recorder.forward = forward
-    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (lambda: recorder, 0.01))
+
+    def make():
+        weight.append(torch.randn(1))
+        return recorder
+    weight = []
+    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, 0.01))
     monkeypatch.setattr(pmsn, "make_views", lambda crops, blur_p: crops)
     classes = torch.arange(200) % 10
     images = classes.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
     args, sampler = SimpleNamespace(epochs=4, lr=0.1), pmsn.ClassBatchSampler(classes, 20, 2)
+    torch.manual_seed(1)  # The seed of the run counts, and not this one.
     assert imbalance.train("SimCLR", images, sampler, 3, args) is recorder.encoder
+    assert weight == [torch.randn(1, generator=torch.Generator().manual_seed(3))]
     batches, weights = zip(*steps)
     assert [len(classes) for classes in batches] == [2] * 40
     assert recorder.update_target.mock_calls == [call(ema_momentum=0.99)] * 40
@@ -193,16 +200,20 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     assert re.findall(r"\d/\d", capsys.readouterr().out) == ["1/4", "2/4", "3/4", "4/4"]
 
 def test_batch_norm_is_measured_with_balanced_classes():
-    """Class 1 is brighter. Statistics of one class in training must not matter in the test."""
+    """Class 1 is brighter. Statistics of one class in training must not matter in the test.
+
+    All test images have class 0. With their own statistics they would look like both classes.
+    """
     torch.manual_seed(0)
     classes = torch.arange(200) % 2
     images = torch.randint(90, (200, 3, 32, 32)) + 120 * classes[:, None, None, None]
     images = images.to(torch.uint8)
     encoder, labels, found = imbalance.make_resnet(), {"class": classes}, []
+    test_images, test_labels = images[::2], {"class": classes[::2]}
     for seen in (0, 1):
         for _ in range(50):
             encoder.train()(imbalance.normalize(images[classes == seen]))
-        found.append(imbalance.measure(encoder, images, labels, images, labels))
+        found.append(imbalance.measure(encoder, images, labels, test_images, test_labels))
         statistics = encoder[1].running_mean
         expected = encoder[0](imbalance.normalize(images)).mean(dim=(0, 2, 3))
         torch.testing.assert_close(statistics, expected, rtol=1e-3, atol=1e-4)
@@ -231,21 +242,39 @@ def test_losses_by_hand():
     assert all("lost_class" not in run["results"] for run in runs if run["classes_per_batch"] == 10)
     assert lost(of_groups, "with a volume term", "class") == pytest.approx([0.3, 0.1])
     assert lost(of_groups, "difference", "class") == pytest.approx([0.3, 0.0])
-    # .51 is not .05 above a random encoder with .48, and nothing can be compared.
-    runs = make_runs({"random ResNet": [(0.48, 0.48)], "random ViT": [(0.1, 0.1)],
-                      "SimCLR": [(0.8, 0.5)], "MAE": [(0.51, 0.5)]})
+    assert lost(runs, "SimCLR", "share") == pytest.approx([0.3 / 0.6, 0.1 / 0.4])
+    assert lost(runs, "MAE", "share") == pytest.approx([0, 0.1 / 0.35])
+    # .51 is not .05 above a random ViT with .48, and nothing can be compared.
+    runs = make_runs({"random ResNet": [(0.1, 0.1)], "random ViT": [(0.48, 0.48)],
+                      "SimCLR": [(0.5, 0.4)], "MAE": [(0.51, 0.5)]})
     assert {run["method"] for run in imbalance.add_losses(runs, 10)} == {"with a volume term"}
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_quick_run_writes_everything(tmp_path):
     imbalance.main(["--quick", "--workers", "1", "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "imbalance.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "results.json", "imbalance.png"}
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [(run["method"], run["classes_per_batch"]) for run in runs if run["seed"] == 0] == [
         *itertools.product(("SimCLR", "MAE"), (10, 1)),
         *[(name, 10) for name in imbalance.UNTRAINED]]
     assert all(0 < value < 1 for run in runs for value in run["results"].values())
+    results = [run["results"] for run in runs]
+    assert results[0] != results[1] and results[2] != results[3]  # ten classes and one class
+
+@pytest.mark.parametrize("name, any_order", [("MSN", False), ("PMSN", True)])
+def test_msn_is_tested_with_its_target_and_pmsn_has_any_order(name, any_order, monkeypatch):
+    seen = []
+
+    def loss(self, views, **options):
+        seen.append((self, options))
+        return self.prototypes.sum(), {}
+    monkeypatch.setattr(pmsn.PMSN, "forward", loss)
+    images, args = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), SimpleNamespace(epochs=1, lr=0.1)
+    sampler = pmsn.ClassBatchSampler(torch.arange(20) % 2, 10, 2)
+    encoder = imbalance.train(name, images, sampler, 0, args)
+    model, options = seen[-1]
+    assert encoder is model.target_encoder and options.get("any_order", False) == any_order
 
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -131,6 +131,8 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (which_prior, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--images 100", "--data, --out or --batch_size: "),
+    (imbalance, "--images 4000", "4000 images give [16, 10] mini-batches of [10, 1] classes"),
+    (imbalance, "--classes_per_batch 10", "must be other than all 10 classes"),
     (imbalance, "--quick --lr 1e9", "the loss of SimCLR is not finite in epoch 1: try a lower"),
     (rcdm, "--models no", "no/results.json"),
     (transfer, "--encoder random --task folder", "one --data per --task"),

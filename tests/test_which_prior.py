@@ -52,6 +52,8 @@ def test_photographs_are_long_tailed_without_repetition():
     numbers = data.images[:, 0, 0, 0].long()
     assert len(numbers.unique()) == 66
     assert data.labels.bincount().tolist() == [36, 18, 12]
+    # In a random order, so that BatchNorm's statistics do not come from one class at a time.
+    assert data.labels[:33].bincount().tolist() == pytest.approx([18, 9, 6], abs=6)
     assert (numbers % 3).tolist() == [[2, 0, 1][label] for label in data.labels]
     everything = make_photographs(order=[2, 0, 1], exponent=0.0, contrast=0.0)
     assert everything.labels.bincount().tolist() == [40] * 3 and len(everything.images) == 120
@@ -99,7 +101,7 @@ def test_measures_by_hand():
 
 def test_a_measure_without_a_value_is_left_out(monkeypatch):
     """The rarest classes can be without a training image, and then nothing can be measured."""
-    monkeypatch.setattr(which_prior, "train", lambda *args: None)
+    monkeypatch.setattr(which_prior, "train", lambda *_: None)
     monkeypatch.setattr(which_prior, "make_runs", lambda seed, args: [])
     monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
     args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1)
@@ -124,7 +126,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_photographs_end_to_end(tmp_path, capsys):
-    """Images of two classes, with colors that differ a little, from a folder."""
+    """Images of three classes, with colors that differ a little, from a folder."""
     for split, count in (("train", 200), ("test", 50)):
         for c in range(3):
             (tmp_path / split / str(c)).mkdir(parents=True)
@@ -145,3 +147,26 @@ def test_photographs_end_to_end(tmp_path, capsys):
         (None, "supervised")]
     assert runs[1]["results"] == runs[2]["results"] != runs[3]["results"]
     assert runs[-1]["results"]["balanced_probe"] > 0.9  # Colors are easy.
+
+def test_all_arms_start_equal_and_the_target_network_is_tested():
+    args = SimpleNamespace(prior_exponents=[0.0, 1.0], methods=["plain", "relative", "any_order"],
+                           data="photographs", classes=3, prototypes=6, prior_weight=1.0)
+    runs = which_prior.make_runs(5, args)
+    assert [(run.exponent, run.methods) for run in runs] == [
+        (0, ["plain", "relative", "any_order"]), (1, ["plain"]), (1, ["relative"]),
+        (1, ["any_order"]), (None, ["supervised"])]
+    assert [run.loss_options for run in runs[:4]] == [
+        {"prior_weight": 1}, {"prior_weight": 1}, {"prior_weight": 1, "relative_sharpening": True},
+        {"prior_weight": 1, "any_order": True}]
+    for run in runs[:4]:
+        assert run.encoder is run.model.target_encoder
+        for name, value in runs[0].model.state_dict().items():
+            if name != "prior":
+                torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0, atol=0)
+    first = next(make_resnet_after_seed(5).parameters())
+    torch.testing.assert_close(next(runs[-1].encoder.parameters()), first, rtol=0, atol=0)
+    torch.testing.assert_close(next(runs[0].encoder.parameters()), first, rtol=0, atol=0)
+
+def make_resnet_after_seed(seed):
+    torch.manual_seed(seed)
+    return imbalance.make_resnet()
