@@ -117,7 +117,7 @@ def test_mae_loss_is_a_numpy_formula():
     patches = images.numpy().reshape(2, 3, 8, 4, 8, 4).transpose(0, 2, 4, 1, 3, 5)
     target = standardize(patches.reshape(2, 64, 48), ddof=1)
     errors = ((predictions.numpy() - target) ** 2)[hidden.numpy()]
-    loss = imbalance.mae_loss(predictions, images, hidden)
+    loss = imbalance.mae_loss(predictions, images, hidden, 4)
     assert loss.item() == pytest.approx(errors.mean(), rel=1e-4)
 
 def test_data2vec_loss_is_a_numpy_formula():
@@ -129,7 +129,7 @@ def test_data2vec_loss_is_a_numpy_formula():
     assert loss.item() == pytest.approx(errors.mean(), rel=1e-3)
 
 def test_run_blocks_is_the_encoder():
-    encoder, images, seen = imbalance.make_vit(), torch.randn(2, 3, 32, 32), []
+    encoder, images, seen = imbalance.make_vit(8), torch.randn(2, 3, 32, 32), []
     for module in (*encoder.blocks, encoder.norm):
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     encoder(images)
@@ -153,17 +153,18 @@ def test_every_method_trains_its_encoder_and_no_target(name):
         method.update_target(ema_momentum=0.9)
         torch.testing.assert_close(method.target_encoder.norm.bias, torch.full((96,), 0.1))
 
-@pytest.mark.parametrize("name, count", [("MAE", 48), ("data2vec", 39)])
-def test_predictions_come_from_visible_patches_alone(name, count, monkeypatch):
+@pytest.mark.parametrize("name, side, count", [("MAE", 8, 48), ("data2vec", 4, 10)])
+def test_predictions_come_from_visible_patches_alone(name, side, count, monkeypatch):
     method, images, seen = imbalance.METHODS[name][0](), torch.rand(6, 3, 32, 32), []
     monkeypatch.setattr(imbalance, f"{name.lower()}_loss", lambda *x: seen.append(x))
 
-    def predict(repainted):  # with other colors where `repainted` (6, 64) is true
-        mask = repainted.view(6, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    def predict(repainted):  # with other colors where `repainted` (6, side^2) is true
+        mask = repainted.view(6, 1, side, side)
+        mask = mask.repeat_interleave(32 // side, 2).repeat_interleave(32 // side, 3)
         torch.manual_seed(1)  # hides the same patches every time
         method([torch.where(mask, 1 - images, images)])
         return seen[-1][0]
-    predictions, hidden = predict(torch.zeros(6, 64, dtype=torch.bool)), seen[-1][2]
+    predictions, hidden = predict(torch.zeros(6, side**2, dtype=torch.bool)), seen[-1][2]
     assert (hidden.sum(dim=1) == count).all() and not torch.equal(hidden[0], hidden[1])
     torch.testing.assert_close(predict(hidden), predictions)
     assert ((predict(~hidden) - predictions).abs().amax(dim=2)[hidden] > 1e-4).all()
@@ -228,7 +229,7 @@ def make_runs(accuracies):
 
 def test_losses_by_hand():
     """Two seeds. SimCLR loses .3 and .1 of the class, MAE 0 and .1. MSN has learned nothing."""
-    runs = make_runs({"random ResNet": [(0.2, 0.2)] * 2, "random ViT": [(0.15, 0.15)] * 2,
+    runs = make_runs({"random ResNet": [(0.2, 0.2)] * 2, "random ViT/4": [(0.15, 0.15)] * 2,
                       "SimCLR": [(0.8, 0.5), (0.6, 0.5)], "MSN": [(0.24, 0.0), (0.24, 0.0)],
                       "MAE": [(0.5, 0.5), (0.5, 0.4)]})
     of_groups = imbalance.add_losses(runs, 10)
@@ -245,7 +246,7 @@ def test_losses_by_hand():
     assert lost(runs, "SimCLR", "share") == pytest.approx([0.3 / 0.6, 0.1 / 0.4])
     assert lost(runs, "MAE", "share") == pytest.approx([0, 0.1 / 0.35])
     # .51 is not .05 above a random ViT with .48, and nothing can be compared.
-    runs = make_runs({"random ResNet": [(0.1, 0.1)], "random ViT": [(0.48, 0.48)],
+    runs = make_runs({"random ResNet": [(0.1, 0.1)], "random ViT/4": [(0.48, 0.48)],
                       "SimCLR": [(0.5, 0.4)], "MAE": [(0.51, 0.5)]})
     assert {run["method"] for run in imbalance.add_losses(runs, 10)} == {"with a volume term"}
 
