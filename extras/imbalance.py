@@ -294,7 +294,7 @@ def data2vec_loss(predictions, outputs, hidden):
 # accuracy with balanced mini-batches of CIFAR-10, with seed 10 and 3 epochs, among two or three.
 METHODS = {
     "SimCLR": (simclr, 4e-3),
-    "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 4e-3),
+    "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 2e-3),
     "SwAV": (lambda: TwoViews(pmsn.swav_loss, [torch.randn(64, 128)]), 4e-3),
     "MSN": (lambda: masked_siamese(exponent=0.0), 2e-3),
     "MAE": (MAE, 3e-3),
