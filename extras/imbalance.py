@@ -1,25 +1,34 @@
 """What class-imbalanced mini-batches do to six methods (table 1 and figure 5 of the paper).
 
 The paper trains on the same images twice: mini-batches hold all classes, or only a few of them.
-SimCLR, VICReg, SwAV and MSN have a volume term, which spreads every mini-batch evenly. The class
-cannot spread a mini-batch of one class, so other features must, and the class is lost. MAE and
-data2vec have no volume term and should lose little.
+SimCLR, VICReg, SwAV and MSN have a volume term, which spreads every mini-batch evenly. In a
+mini-batch of one class all images share the class. So the network can spread them only by other
+features (color, place, angle), and it stops encoding the class. MAE and data2vec have no volume
+term and should lose little.
 
     python extras/imbalance.py                    # synthetic images, no download
     python extras/imbalance.py --data CIFAR10 --images 20000 --epochs 6 --classes_per_batch 2 1
     python extras/imbalance.py --quick            # a short run from end to end
 
+We report the drop: the accuracy of a linear probe on frozen features after training with all
+classes per mini-batch, minus the accuracy after training with few. Both trainings have the same
+images, start weights, number of steps, batch size and learning rate, and the probe always learns
+from all training images. Only the sampler differs. We look at the class, and as a control at three
+low-level properties of an image, which should not drop: luminance, color and orientation.
+
+Unlike the paper, which trains ResNet-50 and vision transformers on ImageNet with mini-batches of
+up to 4096 images, SimCLR, VICReg, SwAV and MSN have a small ResNet here. MAE and data2vec hide
+patches and have a small vision transformer, and they use one of the two views. Each method has its
+own learning rate. So only drops can be compared between methods, and not accuracies.
+
+More arms, with --methods: With one class per mini-batch, the statistics of BatchNorm come from one
+class. SimCLR-GroupNorm has no BatchNorm. PMSN (a steep prior in any order, see pmsn.in_order_of)
+and MSN-5 (five prototypes) do not force a mini-batch of one class onto many prototypes: do they
+lose less?
+
 --data is synthetic, CIFAR10, or a folder with train/<class> and test/<class>. --out gets
 results.json and imbalance.png. A run is in results.json as soon as it is done, and the same command
-continues from there.
-
-SimCLR, VICReg, SwAV and MSN train a small ResNet, and MAE and data2vec a small vision transformer,
-because they hide patches. All share images, mini-batches, optimizer and linear probe. In the paper
-SimCLR trains a ResNet-50 on mini-batches of 4096 images of ImageNet, and MSN a vision transformer.
-
-More arms, with --methods. With one class per mini-batch the statistics of BatchNorm come from one
-class, and SimCLR-GroupNorm has none. PMSN is MSN with a steep prior in any order, so that a
-mini-batch of one class may use few prototypes. MSN-5 is MSN with few prototypes.
+continues from there. The seeds change weights and mini-batches, and not the images.
 """
 
 import argparse
@@ -48,9 +57,10 @@ from experiments import (Figure, UserError, cell, number, number_of_seeds, parse
                          print_any_text, run_or_continue, summarize)
 from mnist_corner import random_numbers, warp
 
-VOLUME = ("SimCLR", "VICReg", "SwAV", "MSN")
-GROUPS = {"with a volume term": VOLUME, "without one": ("MAE", "data2vec")}
-TASKS = ("class", "luminance", "color", "orientation")  # the last three are low-level
+GROUPS = {"with a volume term": ("SimCLR", "VICReg", "SwAV", "MSN"),
+          "without a volume term": ("MAE", "data2vec")}
+LOW_LEVEL = ("luminance", "color", "orientation")
+TASKS = ("class", *LOW_LEVEL)
 SIZE = 32  # pixels per side of an image
 
 # ---- Data: images, their classes, and what is low-level about them -------------------------------
@@ -62,7 +72,7 @@ def synthetic_images(count, seed):
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high, *shape):
+    def uniform(low, high, *shape):  # random numbers (N, *shape, 1, 1), for each image its own
         return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
 
     classes = torch.arange(count).view(-1, 1, 1) % 10
@@ -77,7 +87,7 @@ def synthetic_images(count, seed):
     shape = torch.sigmoid(2 * (outline - radius))  # 1 inside, 0 outside
     ring = shape * torch.sigmoid(2 * (radius - 0.55 * outline))
     shape = torch.where(classes >= 5, ring, shape)
-    # The shape is darker or lighter than the background, and both have a tint of their own.
+    # The shape is darker or lighter than the background. Each of them has its own tint.
     direction = uniform(0, math.pi)
     along = x * direction.cos() + y * direction.sin()
     grating = torch.sin(along * uniform(0.6, 1.2) + uniform(0, 2 * math.pi))
@@ -96,7 +106,8 @@ def low_level(images):
     images = images.float() / 255
     red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
     dy, dx = torch.gradient(images.mean(dim=1), dim=(1, 2))  # (N, H, W)
-    # As complex numbers, opposite gradients have the same square, and their squares add up.
+    # (dx + i dy)^2 has twice the angle of the gradient. So opposite gradients add up, and do not
+    # cancel. The absolute value makes an angle and its mirror image equal.
     squares = torch.complex(dx, dy).square().sum(dim=(1, 2))
     return {
         "luminance": (red + green + blue) / 3,
@@ -108,7 +119,8 @@ def low_level(images):
 def load_data(data, root, count):
     """Training images uint8 (N, 3, 32, 32) and {task: labels (N,)}, then the same for testing.
 
-    Image i has class i % C. Low-level labels are five bins, equally full for training images.
+    `count` is the number of images in each of both sets. Image i has class i % C. Low-level labels
+    are five bins, equally full for training images.
     """
     if data == "synthetic":
         num_classes = 10
@@ -122,7 +134,7 @@ def load_data(data, root, count):
         sets = [read_images(split, count // num_classes) for split in splits]
     labels = [{"class": torch.arange(len(images)) % num_classes} for images in sets]
     training_values, test_values = low_level(sets[0]), low_level(sets[1])
-    for task in TASKS[1:]:
+    for task in LOW_LEVEL:
         edges = training_values[task].quantile(torch.arange(1, 5) / 5)
         labels[0][task] = torch.bucketize(training_values[task], edges)
         labels[1][task] = torch.bucketize(test_values[task], edges)
@@ -145,6 +157,7 @@ def read_images(dataset, per_class=None):
     """
     uniform = pmsn.power_law_prior(len(dataset.classes), 0.0)
     index = pmsn.long_tail_indices(torch.tensor(dataset.targets), uniform)
+    # They are sorted by class, equally many of each.
     index = index.view(len(uniform), -1)[:, :per_class]  # (C, n)
     images = [dataset[i][0].resize((SIZE, SIZE)) for i in index.T.flatten().tolist()]
     return torch.stack([v2.functional.pil_to_tensor(image) for image in images])
@@ -161,8 +174,8 @@ def random_crops(images, area=(0.2, 1.0)):
     sides = (share.sqrt() * torch.cat([stretch, 1 / stretch], dim=1)).clamp(max=1)  # (B, 2)
     shift = (1 - sides) * random_numbers(images, 1, 2)
     sides[torch.rand(len(images)) < 0.5, 0] *= -1  # a flip
-    crops = warp(images / 255, SIZE, torch.zeros(len(images)), 0, sides[:, :, None],
-                 shift[:, :, None])
+    crops = warp(images / 255, SIZE, angle=torch.zeros(len(images)), shear=0,
+                 scale=sides[:, :, None], shift=shift[:, :, None])
     return crops.clamp(0, 1)  # Rounding could leave this range.
 
 # ---- Encoders ------------------------------------------------------------------------------------
@@ -177,6 +190,12 @@ def make_resnet(norm=nn.BatchNorm2d):
         block(32, 64), block(64, 128),  # 8 x 8, 4 x 4
         nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
+def make_head(norm=nn.BatchNorm1d):
+    """The head of MSN, (B, 128) -> (B, 128), with another `norm` if there is one."""
+    head = pmsn.projection_head(128, 256, 128)
+    head[1], head[4] = norm(256), norm(256)
+    return head
+
 def group_norm(channels):
     return nn.GroupNorm(8, channels)
 
@@ -187,30 +206,20 @@ def make_vit(patch_size):
 class TwoViews(nn.Module):
     """SimCLR, VICReg and SwAV: a loss on the embeddings of both views. SwAV has prototypes too."""
 
-    def __init__(self, loss, prototypes=()):
+    def __init__(self, loss, *, num_prototypes=0, norms=(nn.BatchNorm2d, nn.BatchNorm1d)):
         super().__init__()
-        self.encoder, self.head, self.loss = make_resnet(), make_head(), loss
-        self.prototypes = nn.ParameterList(prototypes)
+        self.encoder, self.head, self.loss = make_resnet(norms[0]), make_head(norms[1]), loss
+        self.prototypes = nn.ParameterList()
+        if num_prototypes:
+            self.prototypes.append(torch.randn(num_prototypes, 128))  # becomes a parameter
 
     def forward(self, views):
         embeddings = self.head(self.encoder(torch.cat(views)))
         first, second = embeddings.chunk(2)
         return self.loss(first, second, *self.prototypes)
 
-def make_head():
-    return pmsn.projection_head(128, 256, 128)
-
-def simclr():
-    return TwoViews(functools.partial(pmsn.simclr_loss, temperature=0.2))
-
-def simclr_group_norm():
-    """SimCLR without BatchNorm, in the encoder and in the head."""
-    method = simclr()
-    method.encoder = make_resnet(group_norm)
-    for place, layer in enumerate(method.head):
-        if isinstance(layer, nn.BatchNorm1d):
-            method.head[place] = group_norm(layer.num_features)
-    return method
+def simclr(**options):
+    return TwoViews(functools.partial(pmsn.simclr_loss, temperature=0.2), **options)
 
 def masked_siamese(exponent, num_prototypes=64):
     """MSN, or PMSN if the exponent of the prior is not 0. It masks no patches of the ResNet."""
@@ -232,14 +241,14 @@ class MAE(nn.Module):
 
     def forward(self, views):
         tokens = self.encoder.embed_patches(views[0])  # (B, N, dim)
-        kept, visible = pmsn.drop_patches(tokens, 0.75)
+        kept, visible = pmsn.drop_patches(tokens, 0.75)  # visible are indices, (B, kept)
         encoded = run_blocks(self.encoder, kept)[-1][:, 1:]  # without CLS
         encoded = self.decoder_embed(encoded)  # (B, kept, width)
         # The decoder sees the encoded patches at their places, and the mask token elsewhere.
         full = self.mask_token.expand(*tokens.shape[:2], -1)
         full = full.scatter(1, visible[:, :, None].expand_as(encoded), encoded)
         predictions = self.decoder(full + self.decoder_pos_embed)  # (B, N, 48)
-        hidden = F.one_hot(visible, tokens.shape[1]).sum(dim=1) == 0  # (B, N)
+        hidden = not_among(visible, tokens.shape[1])
         return mae_loss(predictions, views[0], hidden, self.patch_size), {}
 
 def mae_loss(predictions, images, hidden, patch_size):
@@ -248,6 +257,11 @@ def mae_loss(predictions, images, hidden, patch_size):
     variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
     pixels = (pixels - mean) / (variance + 1e-6).sqrt()
     return (predictions - pixels).square().mean(dim=-1)[hidden].mean()
+
+def not_among(indices, count):
+    """Where (B, count) is no index of (B, n)?"""
+    everywhere = torch.ones(len(indices), count, dtype=torch.bool)
+    return everywhere.scatter(1, indices, False)
 
 def run_blocks(encoder, tokens):
     """The outputs of all blocks and last of the final norm: a list of (B, 1 + N, dim)."""
@@ -272,7 +286,7 @@ class Data2Vec(nn.Module):
         # We hide random patches. The original hides blocks, and its loss is smooth L1.
         tokens = self.encoder.embed_patches(views[0])  # (B, N, dim)
         _, visible = pmsn.drop_patches(tokens, 0.6)
-        hidden = F.one_hot(visible, tokens.shape[1]).sum(dim=1) == 0  # (B, N)
+        hidden = not_among(visible, tokens.shape[1])
         mask = self.mask_token + self.encoder.pos_embed[:, 1:]
         tokens = torch.where(hidden[:, :, None], mask, tokens)
         predictions = self.head(run_blocks(self.encoder, tokens)[-1][:, 1:])
@@ -290,35 +304,38 @@ def data2vec_loss(predictions, outputs, hidden):
     targets = F.layer_norm(targets, targets.shape[-1:])
     return (predictions - targets).square().mean(dim=-1)[hidden].mean()
 
-# For each method the module and the learning rate. The rates of the first six gave the best class
-# accuracy with balanced mini-batches of CIFAR-10, with seed 10 and 3 epochs, among two or three.
+# For each method: the module, the learning rate, options of the loss, and the untrained encoder of
+# the same architecture. We tried two or three learning rates for each of the first six methods, on
+# CIFAR-10 with all classes per mini-batch (seed 10, 3 epochs). The others take the one of SimCLR or
+# MSN.
 METHODS = {
-    "SimCLR": (simclr, 4e-3),
-    "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 2e-3),
-    "SwAV": (lambda: TwoViews(pmsn.swav_loss, [torch.randn(64, 128)]), 4e-3),
-    "MSN": (lambda: masked_siamese(exponent=0.0), 2e-3),
-    "MAE": (MAE, 3e-3),
-    "data2vec": (Data2Vec, 4e-3),
-    "SimCLR-GroupNorm": (simclr_group_norm, 4e-3),
-    # There are 6 of 64 prototypes per class. With exponent 2 a mini-batch uses about 5 of them.
-    "PMSN": (lambda: masked_siamese(exponent=2.0), 2e-3),
-    "MSN-5": (lambda: masked_siamese(exponent=0.0, num_prototypes=5), 2e-3),
+    "SimCLR": (simclr, 4e-3, {}, "random ResNet"),
+    "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 2e-3, {}, "random ResNet"),
+    "SwAV": (lambda: TwoViews(pmsn.swav_loss, num_prototypes=64), 4e-3, {}, "random ResNet"),
+    "MSN": (lambda: masked_siamese(exponent=0.0), 2e-3, {}, "random ResNet"),
+    "MAE": (MAE, 3e-3, {}, "random ViT/4"),
+    "data2vec": (Data2Vec, 4e-3, {}, "random ViT/8"),
+    "SimCLR-GroupNorm": (lambda: simclr(norms=(group_norm, group_norm)), 4e-3, {}, "random ResNet"),
+    # 64 prototypes are about 6 per class. The prior with exponent 2 has 5 effective prototypes (the
+    # exponential of its entropy).
+    "PMSN": (lambda: masked_siamese(exponent=2.0), 2e-3, {"any_order": True}, "random ResNet"),
+    "MSN-5": (lambda: masked_siamese(0.0, num_prototypes=5), 2e-3, {}, "random ResNet"),
 }
-LOSS_OPTIONS = {"PMSN": {"any_order": True}}
 UNTRAINED = {"random ResNet": make_resnet, "random ViT/4": lambda: make_vit(4),
              "random ViT/8": lambda: make_vit(8), "raw pixels": lambda: None}
-FLOORS = {**dict.fromkeys(METHODS, "random ResNet"), "MAE": "random ViT/4",
-          "data2vec": "random ViT/8"}
 
 # ---- Training: one loop for all methods ----------------------------------------------------------
 def train(name, images, sampler, seed, args):
-    """The trained encoder. Only the sampler knows the classes: it makes the mini-batches."""
+    """The trained encoder. Only the sampler knows the classes: it makes the mini-batches.
+
+    With the same seed, all classes and few classes per mini-batch have the same start weights and
+    the same random numbers for crops and colors.
+    """
     torch.manual_seed(seed)
-    make_method, best_lr = METHODS[name]
+    make_method, best_lr, loss_options, _ = METHODS[name]
     method = make_method().to(memory_format=torch.channels_last)  # faster on CPUs
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
-    sampler.seed = seed
     steps, began = args.epochs * len(sampler), time.time()
     for epoch in range(1, args.epochs + 1):
         sampler.set_epoch(epoch)
@@ -330,15 +347,14 @@ def train(name, images, sampler, seed, args):
             optimizer.param_groups[0]["lr"] = (args.lr or best_lr) * rise * fall
 
             # Two random crops of each image, in random colors. 32 pixels are too few to blur.
-            crops = [random_crops(images[batch])[:, None] for _ in range(2)]
-            views = pmsn.make_views(crops, blur_p=0.0)
+            crops = [random_crops(images[batch])[:, None] for _ in range(2)]  # (B, 1, 3, 32, 32)
+            views = pmsn.make_views(crops, blur_p=0.0)  # colors, and normalization
 
-            loss, _ = method(views, **LOSS_OPTIONS.get(name, {}))
+            loss, _ = method(views, **loss_options)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 3.0)
             optimizer.step()
-            # Only MSN, PMSN and data2vec have a target network.
             if hasattr(method, "update_target"):
                 method.update_target(ema_momentum=0.99)
             losses.append(loss.item())
@@ -352,8 +368,8 @@ def train(name, images, sampler, seed, args):
     return method.target_encoder if isinstance(method, pmsn.PMSN) else method.encoder
 
 # ---- Measuring -----------------------------------------------------------------------------------
-def normalize(images):
-    """uint8 (N, 3, H, W) as an encoder expects them."""
+def normalize_images(images):
+    """Images (N, 3, H, W), uint8 or in [0, 1], as an encoder expects them."""
     images = v2.functional.to_dtype(images, torch.float32, scale=True)
     return v2.functional.normalize(images, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
 
@@ -364,31 +380,36 @@ def features(encoder, images):
     Without an encoder they are the images at 8 x 8 pixels.
     """
     if encoder is None:
-        return F.avg_pool2d(normalize(images), 4).flatten(1)
+        return F.avg_pool2d(normalize_images(images), 4).flatten(1)
     if isinstance(encoder, pmsn.VisionTransformer):
         def run(x):
             tokens = run_blocks(encoder, encoder.embed_patches(x))[-1]
             return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
     else:
         run = encoder.eval()
-    return torch.cat([run(normalize(part)) for part in images.split(500)])
+    return torch.cat([run(normalize_images(part)) for part in images.split(500)])
 
 def measure(encoder, images, labels, test_images, test_labels):
     """{task: accuracy of a linear probe}, and k-NN for the class. Labels are {task: labels (N,)}.
 
-    In each mini-batch here the classes are balanced. BatchNorm takes its statistics from them
-    again, because in training they may come from one class at a time.
+    Probe and k-NN learn from all training images, however the encoder was trained.
     """
     if encoder is not None:
-        update_bn((normalize(part) for part in images.split(500)), encoder)
+        # In training, the statistics of BatchNorm may come from one class at a time. We take them
+        # again from mini-batches of all classes: image i has class i % C. A ViT has no BatchNorm.
+        update_bn((normalize_images(part) for part in images.split(500)), encoder)
     x, test_x = features(encoder, images), features(encoder, test_images)
-    found = {"knn": pmsn.knn_predictions(x, labels["class"], test_x) == test_labels["class"]}
+    nearest = pmsn.knn_predictions(x, labels["class"], test_x)
+    correct = {"knn": nearest == test_labels["class"]}
     for task in labels:
-        found[task] = pmsn.linear_probe(x, labels[task], test_x) == test_labels[task]
-    return {task: right.double().mean().item() for task, right in found.items()}
+        correct[task] = pmsn.linear_probe(x, labels[task], test_x) == test_labels[task]
+    return {task: values.double().mean().item() for task, values in correct.items()}
 
 def experiment(seed, name, classes_per_batch, args):
-    """One encoder, trained and measured."""
+    """The results of one encoder, as `run_or_continue` needs them.
+
+    An untrained encoder counts as one that has seen all classes per mini-batch.
+    """
     torch.set_num_threads(1)  # Several runs side by side are faster than several threads.
     data = load_data(args.data, args.root, args.images)
     images, labels = data[:2]
@@ -396,65 +417,79 @@ def experiment(seed, name, classes_per_batch, args):
         torch.manual_seed(seed)
         encoder = UNTRAINED[name]()
     else:
-        sampler = pmsn.ClassBatchSampler(labels["class"], args.batch_size, classes_per_batch)
+        sampler = pmsn.ClassBatchSampler(labels["class"], args.batch_size, classes_per_batch,
+                                         seed=seed)
         encoder = train(name, images, sampler, seed, args)
     return [{"seed": seed, "method": name, "classes_per_batch": classes_per_batch,
              "results": measure(encoder, *data)}]
 
 # ---- Tables and figures --------------------------------------------------------------------------
-def add_losses(runs, num_classes):
-    """Add what imbalanced mini-batches cost: the accuracy lost in each task, for each seed.
+def add_drops(runs, num_classes):
+    """Add the drop in each task to the results of the runs with few classes per mini-batch.
 
-    `lost_share` is the class accuracy lost as a share of what the method had gained over a random
-    encoder. Returns the same for both groups of methods and their difference, as runs of their own.
+    `drop_share` is the drop of the class as a share of what the method had gained over an untrained
+    encoder. Returns the methods that have learned the class: with all classes per mini-batch they
+    are .05 better than their untrained encoder. The others have little to lose.
     """
-    balanced = {(run["seed"], run["method"]): run["results"]
-                for run in runs if run["classes_per_batch"] == num_classes}
-    means = {row[0]: result["class"]["mean"] for row, result in summarize(
-        [run for run in runs if run["classes_per_batch"] == num_classes],
-        key=lambda run: (run["method"],)).items()}
-    # A method has learned if it is .05 above a random encoder. The others cannot lose much.
-    learned = {name for name in means if means[name] >= means[FLOORS.get(name, name)] + 0.05}
+    of_all = [run for run in runs if run["classes_per_batch"] == num_classes]
+    balanced = {(run["seed"], run["method"]): run["results"] for run in of_all}
+    means = {name: row["class"]["mean"]
+             for name, row in summarize(of_all, key=lambda run: run["method"]).items()}
+    learned = {name for name, (*_, untrained) in METHODS.items()
+               if name in means and means[name] >= means[untrained] + 0.05}
     for run in runs:
-        before = balanced[run["seed"], run["method"]]
         if run["classes_per_batch"] != num_classes:
-            lost = {f"lost_{task}": before[task] - run["results"][task] for task in before}
-            if run["method"] in learned:
-                floor = balanced[run["seed"], FLOORS[run["method"]]]["class"]
-                lost["lost_share"] = lost["lost_class"] / (before["class"] - floor)
-            run["results"].update(lost)
-    of_groups = []
-    for seed, count in dict.fromkeys((run["seed"], run["classes_per_batch"]) for run in runs):
-        lost = {}
-        for group, names in GROUPS.items():
-            rows = [run["results"] for run in runs if run["method"] in learned.intersection(names)
-                    and (run["seed"], run["classes_per_batch"]) == (seed, count)]
-            if count != num_classes and rows:
-                lost[group] = {task: np.mean([row[task] for row in rows])
-                               for task in rows[0] if task.startswith("lost")}
-        if len(lost) == 2:
-            first, second = lost.values()
-            lost["difference"] = {task: first[task] - second[task] for task in first}
-        of_groups += [{"seed": seed, "method": group, "classes_per_batch": count, "results": found}
-                      for group, found in lost.items()]
-    return of_groups
+            seed, name, results = run["seed"], run["method"], run["results"]
+            before = balanced[seed, name]
+            drops = {f"drop_{task}": before[task] - results[task] for task in before}
+            if name in learned:
+                untrained = METHODS[name][-1]
+                gained = means[name] - means[untrained]
+                drops["drop_share"] = drops["drop_class"] / gained
+            results.update(drops)
+    return learned
 
-def plot(runs, args):
+def group_drops(runs, learned):
+    """The mean drops of both groups of methods, and their difference, for each seed.
+
+    They look like runs, so that they can stand in the same table. Only methods that have learned
+    the class are in a mean.
+    """
+    found = []
+    with_drops = [run for run in runs if "drop_class" in run["results"]]
+    for seed, classes in dict.fromkeys((run["seed"], run["classes_per_batch"])
+                                       for run in with_drops):
+        of_groups = {}
+        for group, names in GROUPS.items():
+            results = [run["results"] for run in with_drops
+                       if run["method"] in learned.intersection(names)
+                       and (run["seed"], run["classes_per_batch"]) == (seed, classes)]
+            if results:
+                of_groups[group] = {name: np.mean([result[name] for result in results])
+                                    for name in results[0] if name.startswith("drop")}
+        if len(of_groups) == 2:
+            with_volume, without = of_groups.values()
+            of_groups["difference"] = {name: with_volume[name] - without[name] for name in without}
+        found += [{"seed": seed, "method": group, "classes_per_batch": classes, "results": results}
+                  for group, results in of_groups.items()]
+    return found
+
+def plot(runs, classes_per_batch, args):
     """Figure 5: what imbalanced mini-batches cost. A bar is a mean over seeds, a dot one seed."""
-    rows, columns = len(args.classes_per_batch), len(TASKS)
+    rows, columns = len(classes_per_batch), len(TASKS)
     figure = Figure(figsize=(13, 1 + 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for ax, (count, task) in zip(axes.flat, itertools.product(args.classes_per_batch, TASKS)):
+    for ax, (count, task) in zip(axes.flat, itertools.product(classes_per_batch, TASKS)):
         for name in args.methods:
-            lost = [run["results"][f"lost_{task}"] for run in runs
-                    if (run["method"], run["classes_per_batch"]) == (name, count)]
-            volume = name not in GROUPS["without one"]
-            ax.bar(name, np.mean(lost), color="#30638e" if volume else "#8c8c8c")
-            ax.plot([name] * len(lost), lost, "ko", markersize=3.5)
+            drops = [run["results"][f"drop_{task}"] for run in runs
+                     if (run["method"], run["classes_per_batch"]) == (name, count)]
+            volume = name not in GROUPS["without a volume term"]
+            ax.bar(name, np.mean(drops), color="#30638e" if volume else "#8c8c8c")
+            ax.plot([name] * len(drops), drops, "ko", markersize=3.5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.tick_params(axis="x", rotation=60)
         ax.set_title(f"{task}, {count} class{'es' * (count > 1)} per mini-batch")
-    figure.supylabel("accuracy lost against all classes per mini-batch")
+    figure.supylabel("drop in accuracy against all classes per mini-batch")
     figure.suptitle("What mini-batches with few classes cost (blue: methods with a volume term; "
                     f"n = {len(args.seeds)} seeds)")
     figure.savefig(args.out / "imbalance.png", dpi=130)
@@ -466,8 +501,9 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="synthetic", help="synthetic, CIFAR10 or a folder with train and test")
     add("--root", default="data", help="where torchvision keeps CIFAR10")
-    add("--out", type=Path, help="folder for results and figure (default: one in runs)")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:6], help="what to train")
+    add("--out", type=Path, help="folder for results and figure, if not a new one in runs")
+    add("--methods", nargs="+", choices=METHODS, default=sum(GROUPS.values(), ()),
+        help="what to train")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="one run each")
     add("--classes_per_batch", nargs="+", type=number(int, 1), default=[1],
         help="to be compared with all classes")
@@ -491,11 +527,13 @@ def main(argv=None):
         counts = [num_classes, *(n for n in args.classes_per_batch if n != num_classes)]
         if len(counts) == 1:
             raise ValueError(f"--classes_per_batch must be other than all {num_classes} classes")
+        # Both trainings of a method must have the same number of steps.
         steps = [len(pmsn.ClassBatchSampler(classes, args.batch_size, count)) for count in counts]
         if len(set(steps)) > 1:
             raise ValueError(
                 f"{len(classes)} images give {steps} mini-batches of {counts} classes. Choose "
                 "--batch_size and --images such that it divides the images of each class")
+    # A broken image can cause a SyntaxError.
     except (OSError, SyntaxError, RuntimeError, ValueError) as error:
         parser.error("cannot start with this --data, --out or --batch_size: "
                      + " ".join(str(error).split()))
@@ -503,7 +541,7 @@ def main(argv=None):
             *itertools.product(args.seeds, UNTRAINED, [num_classes])]
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "root", "methods", "seeds", "classes_per_batch", "workers")}
-    config["rates"] = {name: args.lr or lr for name, (_, lr) in METHODS.items()}
+    config["rates"] = {name: args.lr or lr for name, (_, lr, *_) in METHODS.items()}
 
     print("seed  method            classes per batch epoch        loss       left", flush=True)
     began = time.time()
@@ -511,17 +549,17 @@ def main(argv=None):
         runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
     except (OSError, UserError) as error:
         parser.error(str(error))
-    of_groups = add_losses(runs, num_classes)
-    summary = summarize(runs + of_groups, lambda run: (run["method"], run["classes_per_batch"]))
-    columns = ["class", "knn", "lost_share",
-               *(f"lost_{task}" for task in ("class", "knn", *TASKS[1:]))]
-    print(f"\naccuracy, and what is lost against all classes per mini-batch: mean ± std over "
+    learned = add_drops(runs, num_classes)
+    summary = summarize(runs + group_drops(runs, learned),
+                        key=lambda run: (run["method"], run["classes_per_batch"]))
+    columns = ["class", "knn", "drop_share",
+               *(f"drop_{task}" for task in ("class", "knn", *LOW_LEVEL))]
+    print(f"\naccuracy, and its drop against all classes per mini-batch: mean ± std over "
           f"n = {number_of_seeds(summary)} seeds")
-    print(f"{'method':<18}{'classes':>9}" + "".join(f"{column:>18}" for column in columns))
+    print(f"{'method':<22}{'classes':>9}" + "".join(f"{column:>18}" for column in columns))
     for (name, count), row in summary.items():
-        print(f"{name:<18}{count:>9}" + "".join(f"{cell(row, column):>18}" for column in columns))
-    args.classes_per_batch = counts[1:]
-    plot(runs, args)
+        print(f"{name:<22}{count:>9}" + "".join(f"{cell(row, column):>18}" for column in columns))
+    plot(runs, counts[1:], args)
     print(f"After {time.time() - began:.0f} s, results.json and imbalance.png are in {args.out}")
 
 if __name__ == "__main__":

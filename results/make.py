@@ -80,9 +80,9 @@ def with_priors_named(runs):
 def kmeans():
     scores = load("kmeans")["adjusted_rand_index"]
     sizes = list(next(iter(scores.values())))
-    return markdown(["sizes of the groups", *(f"{float(size):g}:1" for size in sizes)],
-                    [[name, *(f"{np.mean(row[size]):.2f} ± {np.std(row[size], ddof=1):.2f}"
-                              for size in sizes)] for name, row in scores.items()])
+    rows = [[name, *(f"{abs(np.mean(row[size])):.2f} ± {np.std(row[size], ddof=1):.2f}"
+                     for size in sizes)] for name, row in scores.items()]
+    return markdown(["sizes of the groups", *(f"{float(size):g}:1" for size in sizes)], rows)
 
 def kmeans_shares():
     content = load("kmeans")
@@ -113,8 +113,9 @@ def corner_bounds():
 
 def corner_ingredients():
     rows = []
-    for name, title in (("corner", "any order, 32 tries"), ("corner_fixed_order", "`--fixed_order`"),
-                        ("corner_one_try", "`--tries 1`")):
+    titles = {"corner": "any order, 32 tries", "corner_fixed_order": "`--fixed_order`",
+              "corner_one_try": "`--tries 1`"}
+    for name, title in titles.items():
         runs = load(name)["runs"]
         right = [(run["chosen"] == run["long_tailed"]) == (run["exponent"] > 0) for run in runs]
         steep = summarize([run for run in runs if run["exponent"]],
@@ -151,7 +152,7 @@ def rcdm():
                     [[title, *(cell(row, name) for row in summary.values())]
                      for name, title in names.items()])
 
-PRIOR_ARMS = {"prior_exponent": "exponent of the prior", "method": "loss"}
+PRIOR_ARMS = {"prior_exponent": "exponent of the prior", "loss": "loss"}
 
 def prior_arms(name, data_exponent, contrast, columns):
     runs = load(name)["runs"]
@@ -160,8 +161,8 @@ def prior_arms(name, data_exponent, contrast, columns):
             if (run["data_exponent"], run["contrast"]) == (data_exponent, contrast)]
     return table_of(kept, PRIOR_ARMS, columns)
 
-ACCURACIES = {"balanced_probe": "probe, balanced labels", "probe": "probe", "probe_tail": "its tail",
-              "knn": "k-NN", "knn_tail": "its tail"}
+ACCURACIES = {"balanced_probe": "probe, balanced labels", "probe": "probe",
+              "probe_tail": "its tail", "knn": "k-NN", "knn_tail": "its tail"}
 GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
 
 def photographs_long_tailed():
@@ -177,10 +178,11 @@ def imbalanced(name):
     content = load(name)
     runs = content["runs"]
     num_classes = max(run["classes_per_batch"] for run in runs)
-    of_groups = imbalance.add_losses(runs, num_classes)
-    columns = {"class": "class", "knn": "class, k-NN", "lost_class": "class lost",
-               "lost_knn": "lost, k-NN", "lost_luminance": "luminance lost",
-               "lost_color": "color lost", "lost_orientation": "orientation lost"}
+    of_groups = imbalance.group_drops(runs, imbalance.add_drops(runs, num_classes))
+    columns = {"class": "class", "knn": "class, k-NN", "drop_class": "drop, class",
+               "drop_share": "share of what was learned", "drop_knn": "drop, k-NN",
+               "drop_luminance": "luminance", "drop_color": "color",
+               "drop_orientation": "orientation"}
     return table_of(runs + of_groups,
                     {"method": "method", "classes_per_batch": "classes per mini-batch"}, columns)
 

@@ -124,7 +124,7 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     *[(script, "--seeds 3 0 3", "--seeds: 3 is given twice")
       for script in (mnist_corner, imbalance, rcdm, which_prior)],
     (imbalance, "--methods MAE MSN MAE", "--methods: MAE is given twice"),
-    (which_prior, "--methods plain plain", "--methods: plain is given twice"),
+    (which_prior, "--losses plain plain", "--losses: plain is given twice"),
     (which_prior, "--prior_exponents 0 0.0", "--prior_exponents: 0.0 is given twice"),
     (which_prior, "--data_exponents 1 .5 1", "--data_exponents: 1.0 is given twice"),
     (which_prior, "--contrasts .7 .70", "--contrasts: 0.7 is given twice"),

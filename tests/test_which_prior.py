@@ -77,12 +77,12 @@ def test_gratings_are_blended_into_photographs():
     views = data.all_views()
     assert views.shape == (120, 3, 32, 32)
 
-def test_gains_are_paired_by_seed_data_and_method():
+def test_gains_are_paired_by_seed_data_and_loss():
     runs = [{"seed": seed, "data_exponent": data, "contrast": 0.0, "prior_exponent": prior,
-             "method": "plain", "results": dict.fromkeys(which_prior.GAINS, value)}
+             "loss": "plain", "results": dict.fromkeys(which_prior.GAINS, value)}
             for seed, data, prior, value in (
                 (0, 1, 0, 0.5), (0, 1, 1, 0.6), (1, 1, 1, 0.4), (1, 1, 0, 0.1), (0, 0, 0, 0.9))]
-    runs.append({**runs[0], "method": "random", "prior_exponent": None, "results": {"knn": 0.1}})
+    runs.append({**runs[0], "loss": "random", "prior_exponent": None, "results": {"knn": 0.1}})
     which_prior.add_gains(runs)
     gains = [run["results"].get("gain_balanced_probe") for run in runs]
     assert gains == [0, pytest.approx(0.1), pytest.approx(0.3), 0, 0, None]
@@ -102,7 +102,7 @@ def test_measures_by_hand():
 def test_a_measure_without_a_value_is_left_out(monkeypatch):
     """The rarest classes can be without a training image, and then nothing can be measured."""
     monkeypatch.setattr(which_prior, "train", lambda *_: None)
-    monkeypatch.setattr(which_prior, "make_runs", lambda seed, args: [])
+    monkeypatch.setattr(which_prior, "make_models", lambda seed, args: [])
     monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
     args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1)
     (untrained,) = which_prior.experiment(0, 1.0, 0.0, args)
@@ -110,10 +110,10 @@ def test_a_measure_without_a_value_is_left_out(monkeypatch):
 
 @pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, capsys):
-    which_prior.main(["--quick", "--methods", "plain", "relative", "--contrasts", "0.7",
+    which_prior.main(["--quick", "--losses", "plain", "relative", "--contrasts", "0.7",
                       "--classes", "8", "--out", str(tmp_path), "--workers", "1"])
     runs = json.loads((tmp_path / "which_prior.json").read_text())["runs"]
-    names = [(run["prior_exponent"], run["method"]) for run in runs]
+    names = [(run["prior_exponent"], run["loss"]) for run in runs]
     results = [run["results"] for run in runs]
     assert names == [(None, "random"), (0, "plain"), (0, "relative"), (1, "plain"),
                      (1, "relative"), (None, "supervised")]
@@ -133,7 +133,7 @@ def test_photographs_end_to_end(tmp_path, capsys):
             for i in range(count):
                 pixels = torch.rand(32, 32, 3) * 100 + 40 * torch.eye(3)[c] + 10 * (i % 5)
                 Image.fromarray(pixels.byte().numpy()).save(tmp_path / split / str(c) / f"{i}.png")
-    options = ["--data", str(tmp_path), "--epochs", "2", "--methods", "plain", "any_order",
+    options = ["--data", str(tmp_path), "--epochs", "2", "--losses", "plain", "any_order",
                "--prior_exponents", "0", "1", "--data_exponents", "1", "--prototypes", "6",
                "--contrasts", "0.3", "--out", str(tmp_path / "out"), "--workers", "1"]
     with pytest.raises(SystemExit):
@@ -142,30 +142,30 @@ def test_photographs_end_to_end(tmp_path, capsys):
         capsys.readouterr().err)
     which_prior.main([*options, "--images", "300"])
     runs = json.loads((tmp_path / "out/which_prior.json").read_text())["runs"]
-    assert [(run["prior_exponent"], run["method"]) for run in runs] == [
+    assert [(run["prior_exponent"], run["loss"]) for run in runs] == [
         (None, "random"), (0, "plain"), (0, "any_order"), (1, "plain"), (1, "any_order"),
         (None, "supervised")]
     assert runs[1]["results"] == runs[2]["results"] != runs[3]["results"]
     assert runs[-1]["results"]["balanced_probe"] > 0.9  # Colors are easy.
 
 def test_all_arms_start_equal_and_the_target_network_is_tested():
-    args = SimpleNamespace(prior_exponents=[0.0, 1.0], methods=["plain", "relative", "any_order"],
+    args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain", "relative", "any_order"],
                            data="photographs", classes=3, prototypes=6, prior_weight=1.0)
-    runs = which_prior.make_runs(5, args)
-    assert [(run.exponent, run.methods) for run in runs] == [
+    runs = which_prior.make_models(5, args)
+    assert [(run.exponent, run.losses) for run in runs] == [
         (0, ["plain", "relative", "any_order"]), (1, ["plain"]), (1, ["relative"]),
         (1, ["any_order"]), (None, ["supervised"])]
-    assert [run.loss_options for run in runs[:4]] == [
+    assert [run.options for run in runs[:4]] == [
         {"prior_weight": 1}, {"prior_weight": 1}, {"prior_weight": 1, "relative_sharpening": True},
         {"prior_weight": 1, "any_order": True}]
     for run in runs[:4]:
-        assert run.encoder is run.model.target_encoder
-        for name, value in runs[0].model.state_dict().items():
+        assert run.tested_encoder is run.network.target_encoder
+        for name, value in runs[0].network.state_dict().items():
             if name != "prior":
-                torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0, atol=0)
+                torch.testing.assert_close(run.network.state_dict()[name], value, rtol=0, atol=0)
     first = next(make_resnet_after_seed(5).parameters())
-    torch.testing.assert_close(next(runs[-1].encoder.parameters()), first, rtol=0, atol=0)
-    torch.testing.assert_close(next(runs[0].encoder.parameters()), first, rtol=0, atol=0)
+    torch.testing.assert_close(next(runs[-1].tested_encoder.parameters()), first, rtol=0, atol=0)
+    torch.testing.assert_close(next(runs[0].tested_encoder.parameters()), first, rtol=0, atol=0)
 
 def make_resnet_after_seed(seed):
     torch.manual_seed(seed)
