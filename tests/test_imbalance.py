@@ -268,6 +268,43 @@ def test_quick_run_writes_everything(tmp_path):
     results = [run["results"] for run in runs]
     assert results[0] != results[1] and results[2] != results[3]  # ten classes and one class
 
+def test_training_equals_a_plain_loop(monkeypatch):
+    """SimCLR without BatchNorm, so that no weight has a gradient that is only rounding.
+
+    The loss is multiplied by 1000, so that all gradients are clipped.
+    """
+    def loss_of(first, second):
+        loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
+        return 1000 * loss, terms
+
+    def make():
+        return imbalance.TwoViews(loss_of, norms=(imbalance.group_norm, imbalance.group_norm))
+    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, 0.01, {}, "random ResNet"))
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    classes, args = torch.arange(40) % 4, SimpleNamespace(epochs=2, lr=0.02)
+    sampler = pmsn.ClassBatchSampler(classes, 20, 2, seed=4)
+    encoder = imbalance.train("SimCLR", images, sampler, 3, args)
+    torch.manual_seed(3)
+    twin = make().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(twin.parameters(), weight_decay=0.05)
+    for step in range(4):
+        if step % 2 == 0:
+            sampler.set_epoch(step // 2 + 1)
+            batches = list(sampler)
+        crops = [imbalance.random_crops(images[batches[step % 2]])[:, None] for _ in range(2)]
+        # In this order and memory format rounding is the same. Adam enlarges its differences.
+        views = torch.cat(pmsn.make_views(crops, blur_p=0.0))
+        first, second = twin.head(twin.encoder(views)).chunk(2)
+        loss, _ = loss_of(first, second)
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 3.0)
+        optimizer.step()
+    for name, value in twin.encoder.state_dict().items():
+        torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-4, atol=1e-5,
+                                   msg=name)
+
 @pytest.mark.parametrize("name, any_order", [("MSN", False), ("PMSN", True)])
 def test_msn_is_tested_with_its_target_and_pmsn_has_any_order(name, any_order, monkeypatch):
     seen = []

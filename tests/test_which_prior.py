@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import imbalance
+import pmsn
 import which_prior
 
 def test_classes_follow_the_exponent_and_nothing_else_does():
@@ -170,3 +171,69 @@ def test_all_arms_start_equal_and_the_target_network_is_tested():
 def make_resnet_after_seed(seed):
     torch.manual_seed(seed)
     return imbalance.make_resnet()
+
+class FixedViews:
+    """Twelve images in three batches of four. Views are noise on the image, in their order."""
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.labels, self.seen = torch.arange(12) % 3, []
+        self.images = torch.randn(12, 1, 32, 32, generator=generator)
+
+    def views(self, index):
+        self.seen.append(index.tolist())
+        return self.images[index] + 0.1 * torch.randn(len(index), 1, 32, 32)
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+def test_training_equals_a_plain_loop(float64, monkeypatch, capsys):
+    """PMSN and a supervised network, two epochs of three steps, written out for each of them."""
+    monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
+    args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data="letters", classes=3,
+                           prototypes=5, prior_weight=2.0, epochs=2)
+    models, data = which_prior.make_models(0, args), FixedViews()
+    twins = which_prior.make_models(0, args)
+    torch.manual_seed(7)
+    which_prior.train(models, data, args, "")
+    torch.manual_seed(7)
+    twin_data, terms = FixedViews(), []
+    for epoch in range(2):
+        order = torch.randperm(12)
+        for step in range(3):
+            batch = order[4 * step : 4 * step + 4]
+            target_view, anchor_view = twin_data.views(batch), twin_data.views(batch)
+            lr, sharpening, momentum = which_prior.schedule((3 * epoch + step) / 6)
+            for twin in twins:
+                network = twin.network
+                if twin.exponent is None:
+                    logits = network(anchor_view)
+                    loss = -logits.log_softmax(1)[torch.arange(4), data.labels[batch]].mean()
+                else:
+                    with torch.no_grad():
+                        targets = network.target_head(network.target_encoder(target_view))
+                    anchors = network.head(network.encoder(anchor_view))
+                    loss, of_step = pmsn.pmsn_loss(
+                        anchors, targets, network.prototypes, pmsn.power_law_prior(5, 1.0),
+                        sharpening=sharpening, prior_weight=2.0, any_order=True)
+                    terms.append(of_step["cross_entropy"].item())
+                twin.optimizer.param_groups[0]["lr"] = lr
+                twin.optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 3.0)
+                twin.optimizer.step()
+                if twin.exponent is not None:
+                    with torch.no_grad():
+                        for slow, fast in ((network.target_encoder, network.encoder),
+                                           (network.target_head, network.head)):
+                            for old, new in zip(slow.parameters(), fast.parameters()):
+                                old.copy_(momentum * old + (1 - momentum) * new)
+    assert data.seen == twin_data.seen and sorted(sum(data.seen[:6:2], [])) == list(range(12))
+    for model, twin in zip(models, twins):
+        for name, value in twin.network.state_dict().items():
+            torch.testing.assert_close(model.network.state_dict()[name], value, rtol=1e-6,
+                                       atol=1e-7, msg=name)
+    assert models[0].terms["cross_entropy"] == pytest.approx(sum(terms[3:]) / 3, rel=1e-4)
+    assert models[1].terms == {} and capsys.readouterr().out.count("\n") == 2
