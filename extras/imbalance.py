@@ -7,7 +7,7 @@ features (color, place, angle), and it stops encoding the class. MAE and data2ve
 term and should lose little.
 
     python extras/imbalance.py                    # synthetic images, no download
-    python extras/imbalance.py --data CIFAR10 --images 20000 --epochs 6 --classes_per_batch 2 1
+    python extras/imbalance.py --data CIFAR10 --images 20000 --classes_per_batch 2 1
     python extras/imbalance.py --quick            # a short run from end to end
 
 We report the drop: the accuracy of a linear probe on frozen features after training with all
@@ -508,7 +508,7 @@ def main(argv=None):
     add("--classes_per_batch", nargs="+", type=number(int, 1), default=[1],
         help="to be compared with all classes")
     add("--images", type=number(int, 60), default=5000, help="at most, per set")
-    add("--epochs", type=number(int, 1), default=8, help="of training")
+    add("--epochs", type=number(int, 1), default=6, help="of training")
     add("--batch_size", type=number(int, 4), default=250, help="images per mini-batch")
     add("--lr", type=number(float, 1e-9), help="learning rate (default: one for each method)")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
