@@ -29,7 +29,7 @@ show how much there is to learn.
 --out gets which_prior.json and which_prior.png. The models of one seed and one kind of data are in
 which_prior.json as soon as they are done, and the same command continues from there.
 Not in the paper: these images, the small encoders, no masking and one anchor per image, schedules
-for sharpening and target network, and all losses but the plain one.
+for sharpening and target network (for letters), and all losses but the plain one.
 """
 
 import argparse
@@ -201,10 +201,16 @@ def make_models(seed, args):
 def make_encoder_for(args):
     return make_encoder(SIZE) if args.data == "letters" else make_resnet()
 
+def schedule_of_photographs(done):
+    """Learning rate, sharpening and EMA momentum when this share of the training is done."""
+    warmup, decay = min(1, 10 * done + 0.02), 0.5 + 0.5 * math.cos(math.pi * done)
+    return 2e-3 * warmup * decay, 0.25, 0.99
+
 def train(models, data, args, title):
     """Train all models on the same batches and views. model.terms are means over the last epoch."""
     count = len(data.labels)
     steps_per_epoch = count // BATCH_SIZE
+    schedule_of = schedule if args.data == "letters" else schedule_of_photographs
     began = time.time()
     for epoch in range(args.epochs):
         for model in models:
@@ -212,7 +218,7 @@ def train(models, data, args, title):
         batches = torch.randperm(count).split(BATCH_SIZE)
         for step, batch in enumerate(batches[:steps_per_epoch]):
             done = (epoch + step / steps_per_epoch) / args.epochs  # from 0 to 1
-            lr, sharpening, ema_momentum = schedule(done)
+            lr, sharpening, ema_momentum = schedule_of(done)
             views = [data.views(batch) for _ in range(2)]  # the target and one anchor
             for model in models:
                 is_pmsn = isinstance(model.network, pmsn.PMSN)
