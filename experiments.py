@@ -74,7 +74,7 @@ def run_or_continue(experiment, jobs, args, config, path):
     UserError if the file has other ones, is no file of results, or belongs to a running command.
     """
     config = json.loads(json.dumps(config, default=str))  # as it looks in the file
-    runs, makers = [], []
+    runs, makers, finished = [], [], []
     lock = lock_folder(path.parent)
     if path.exists():
         try:
@@ -89,8 +89,6 @@ def run_or_continue(experiment, jobs, args, config, path):
             raise UserError(f"{path} has results with another {', '.join(other)}: use another "
                             "--out, or move it away")
         print(f"{path} has {len(finished)} runs already, made by commit {commits}", flush=True)
-    else:
-        finished = []
 
     maker = made_by()
     if maker not in makers:
@@ -119,7 +117,10 @@ def lock_folder(folder):
     return lock
 
 def made_by():
-    """Command, commit of this folder, machine and versions, for a file of results."""
+    """Command, commit of this folder, machine and versions, for a file of results.
+
+    A script asks for them before its experiments, because a commit can follow while they run.
+    """
     def git(*words):
         return subprocess.run(["git", *words], cwd=FOLDER, capture_output=True, text=True).stdout
 

@@ -581,13 +581,14 @@ def main(argv=None):
     print(f"Lowest loss of each network, for the priors {', '.join(map(str, args.exponents))}.\n"
           f"First part: {windows}, for each prior. Second part: the winner for each prior\n"
           "seed long-tailed    part epoch   left   losses", flush=True)
+    maker = made_by()
     found = run_in_processes(experiment, jobs, args)
     records = sum((records for records, _ in found), [])
     config = {**vars(args), **settings}
     config["references"] = [{"of_classes": of_classes, "of_prior": of_prior, **losses}
                             for (of_classes, of_prior), losses in references.items()]
     # The results come first. Nothing that goes wrong with the table or a figure can lose them.
-    save({"config": config, "made_by": [made_by()], "seconds": round(time.time() - began),
+    save({"config": config, "made_by": [maker], "seconds": round(time.time() - began),
           "runs": records}, args.out / "results.json")
     summary = summarize(records, key=lambda record: (record["long_tailed"], record["exponent"]))
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")

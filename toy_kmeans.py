@@ -261,7 +261,7 @@ def main(argv=None):
                         help="folder for results and figures (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="use 3 data sets, 2 imbalances")
     args = parser.parse_args(argv)
-    began = time.time()
+    began, maker = time.time(), made_by()
     torch.set_num_threads(1)  # The tensors are small, and threads would wait for each other.
     seeds = list(range(args.seed, args.seed + (3 if args.quick else 20)))
     imbalances = sorted({*((1, 10) if args.quick else IMBALANCES), args.imbalance})
@@ -284,7 +284,7 @@ def main(argv=None):
             print(f"{method:<7}", *[f"{share:.3f}" for share in preferred[method]])
 
         scores, examples = sweep(imbalances, seeds)
-        results = {"config": vars(args), "made_by": [made_by()],
+        results = {"config": vars(args), "made_by": [maker],
                    "seconds": round(time.time() - began), "adjusted_rand_index": scores,
                    "preferred_shares": preferred, "prior": prior.tolist()}
         save(results, args.out / "results.json")

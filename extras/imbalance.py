@@ -306,9 +306,9 @@ def data2vec_loss(predictions, outputs, hidden):
     return (predictions - targets).square().mean(dim=-1)[hidden].mean()
 
 # For each method: the module, the learning rate, options of the loss, and the untrained encoder of
-# the same architecture. We tried two or three learning rates for each of the first six methods, on
-# CIFAR-10 with all classes per mini-batch (seed 10, 3 epochs). The others take the one of SimCLR or
-# MSN.
+# the same architecture. On CIFAR-10 with all classes per mini-batch (seed 10) we tried three
+# learning rates for VICReg, two for SimCLR, SwAV, MSN and data2vec, and only this one for MAE. The
+# others take the one of SimCLR or MSN.
 METHODS = {
     "SimCLR": (simclr, 4e-3, {}, "random ResNet"),
     "VICReg": (lambda: TwoViews(pmsn.vicreg_loss), 2e-3, {}, "random ResNet"),

@@ -325,11 +325,11 @@ def main(argv=None):
                      f"--out of one run of mnist_corner.py, with --seeds {' '.join(seeds)}")
 
     print("seed exponent   step     loss    left", flush=True)
-    began = time.time()
+    began, maker = time.time(), made_by()
     found = run_in_processes(experiment, jobs, args)
     runs = [run for run, _ in found]
     summary = summarize(runs, key=lambda run: run["exponent"])
-    save({"config": vars(args), "made_by": [made_by()], "seconds": round(time.time() - began),
+    save({"config": vars(args), "made_by": [maker], "seconds": round(time.time() - began),
           "runs": runs}, args.out / "rcdm.json")
     print(f"\nmean ± std over n = {len(args.seeds)} seeds")
     print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))

@@ -361,6 +361,7 @@ def parse(argv):
 
 def main(argv=None):
     args, encoders, tasks = parse(argv)
+    maker = made_by()
     device = train_inat.start_processes()
     # All processes compute the features that are missing. Two tasks can have the same features.
     files, missing = {}, {}
@@ -403,7 +404,7 @@ def main(argv=None):
             if len(encoders) > 1:
                 mean, error = compare(*of_encoders[:2], test_labels)
                 differences.append({**about, "mean": mean, "standard_error": error})
-        content = {"config": vars(args), "made_by": [made_by()], "results": results,
+        content = {"config": vars(args), "made_by": [maker], "results": results,
                    "differences": differences}
         text = json.dumps(content, indent=1, default=str)
         write_whole(args.out / "transfer.json", lambda path: path.write_text(text))
