@@ -326,6 +326,11 @@ UNTRAINED = {"random ResNet": make_resnet, "random ViT/4": lambda: make_vit(4),
              "random ViT/8": lambda: make_vit(8), "raw pixels": lambda: None}
 
 # ---- Training: one loop for all methods ----------------------------------------------------------
+def warmup_cosine(step, steps):
+    """The share of the learning rate: it rises over a tenth of the steps, then falls to zero."""
+    rise = min(1.0, (step + 1) / (0.1 * steps))
+    return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
 def train(name, images, sampler, seed, args):
     """The trained encoder. Only the sampler knows the classes: it makes the mini-batches.
 
@@ -342,10 +347,8 @@ def train(name, images, sampler, seed, args):
         sampler.set_epoch(epoch)
         losses = []
         for step, batch in enumerate(sampler, start=(epoch - 1) * len(sampler)):
-            # The learning rate rises over the first tenth and follows a cosine to zero.
-            rise = min(1.0, (step + 1) / (0.1 * steps))
-            fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            optimizer.param_groups[0]["lr"] = (args.lr or best_lr) * rise * fall
+            lr = (args.lr or best_lr) * warmup_cosine(step, steps)
+            optimizer.param_groups[0]["lr"] = lr
 
             # Two random crops of each image, in random colors. 32 pixels are too few to blur.
             crops = [random_crops(images[batch])[:, None] for _ in range(2)]  # (B, 1, 3, 32, 32)

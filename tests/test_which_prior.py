@@ -174,14 +174,15 @@ def make_resnet_after_seed(seed):
 
 class FixedViews:
     """Twelve images in three batches of four. Views are noise on the image, in their order."""
-    def __init__(self):
+    def __init__(self, channels):
         generator = torch.Generator().manual_seed(1)
         self.labels, self.seen = torch.arange(12) % 3, []
-        self.images = torch.randn(12, 1, 32, 32, generator=generator)
+        self.images = torch.randn(12, channels, 32, 32, generator=generator)
 
     def views(self, index):
         self.seen.append(index.tolist())
-        return self.images[index] + 0.1 * torch.randn(len(index), 1, 32, 32)
+        images = self.images[index]
+        return images + 0.1 * torch.randn(images.shape)
 
 @pytest.fixture
 def float64():
@@ -189,23 +190,28 @@ def float64():
     yield
     torch.set_default_dtype(torch.float32)
 
-def test_training_equals_a_plain_loop(float64, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["letters", "CIFAR10"])
+def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
     """PMSN and a supervised network, two epochs of three steps, written out for each of them."""
     monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
-    args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data="letters", classes=3,
+    args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data=name, classes=3,
                            prototypes=5, prior_weight=2.0, epochs=2)
-    models, data = which_prior.make_models(0, args), FixedViews()
+    channels = 1 if name == "letters" else 3
+    models, data = which_prior.make_models(0, args), FixedViews(channels)
     twins = which_prior.make_models(0, args)
     torch.manual_seed(7)
     which_prior.train(models, data, args, "")
     torch.manual_seed(7)
-    twin_data, terms = FixedViews(), []
+    twin_data, terms = FixedViews(channels), []
     for epoch in range(2):
         order = torch.randperm(12)
         for step in range(3):
             batch = order[4 * step : 4 * step + 4]
             target_view, anchor_view = twin_data.views(batch), twin_data.views(batch)
-            lr, sharpening, momentum = which_prior.schedule((3 * epoch + step) / 6)
+            done = (3 * epoch + step) / 6
+            lr, sharpening, momentum = which_prior.schedule(done)
+            if name == "CIFAR10":  # The first tenth of 6 steps is less than one step.
+                lr, sharpening, momentum = 1e-3 * (1 + math.cos(math.pi * done)), 0.25, 0.99
             for twin in twins:
                 network = twin.network
                 if twin.exponent is None:
