@@ -478,7 +478,7 @@ def plot_neighbors(pictures, summary, path):
     axes = figure.subplots(2, 2)
     matches = 0
     for row, long_tailed in zip(axes, LABELS):
-        for ax, exponent in zip(row, (EXPONENT, 0.0)):
+        for ax, exponent in zip(row, (0.0, EXPONENT)):
             shown, found = pictures[long_tailed, exponent], summary[long_tailed, exponent]
             same = {what: shown[what] == shown[what][:, :1] for what in LABELS}  # (5, 9)
             # Frames of 3 pixels: above in green for the same digit, below in blue for the same
@@ -500,8 +500,9 @@ def plot_neighbors(pictures, summary, path):
                 + (f"loss of the windows: {', '.join(losses)}\n" if losses else "")
                 + f"neighbors: same digit {shares['digit']:.2f}, "
                 f"same background {shares['background']:.2f}")
-    figure.suptitle(f"In {matches} of 4 panels, most neighbors share the feature whose frequencies "
-                    "are those of the prior, and not the other one")
+    figure.suptitle(f"In {matches} of 4 panels, more than half of the neighbors share the feature "
+                    "whose frequencies are those of the prior,\n"
+                    "and less than half share the other one (by chance: 0.10)")
     figure.supxlabel("Each row: an image (black frame) and its nearest neighbors, last seed (green "
                      "above: same digit, blue below: same background).\n"
                      f"Numbers: means over n = {number_of_seeds(summary)} seeds")
@@ -537,9 +538,9 @@ def plot_preference(records, references, path):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     seeds = len({record["seed"] for record in records})
-    figure.suptitle(f"{sum(wins)} of {len(wins)} times (n = {seeds} seeds), the lowest loss is the "
-                    f"one of the long-tailed\nfeature (exponent {EXPONENT:g}) or of the balanced "
-                    "one (uniform prior)")
+    figure.suptitle(f"{sum(wins)} of {len(wins)} times (n = {seeds} seeds), the best of all tries "
+                    "sees the long-tailed feature\nunder the power law (exponent "
+                    f"{EXPONENT:g}), and the balanced one under the uniform prior")
     figure.savefig(path)
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -399,6 +399,7 @@ class PMSN(nn.Module):
 
 @torch.no_grad()
 def move_target(target, anchor, ema_momentum):
+    """Move a target network toward its anchor network, in place. See `PMSN.update_target`."""
     for slow, fast in zip(target.parameters(), anchor.parameters()):
         slow.lerp_(fast, 1 - ema_momentum)
 

@@ -936,8 +936,12 @@ def main(argv=None):
         torch._dynamo.config.optimize_ddp = False
         compile_encoders(model)
 
-    say(f"{len(paths)} images, {len(labels.unique())} classes, {args.prior} prior, {len(prior)} "
-        f"prototypes, {world_size()} x {device.type}, torch {torch.__version__}\n{HEADER}")
+    # With less than one image per mini-batch, a prototype cannot have its share of the prior.
+    images = args.batch_size * prior
+    say(f"{len(paths)} images, {len(labels.unique())} classes, {world_size()} x {device.type}, "
+        f"torch {torch.__version__}\n{args.prior} prior: {len(prior)} prototypes, "
+        f"{torch.special.entr(prior).sum().exp():.1f} effective, with {images.min():.2f} to "
+        f"{images.max():.2f} images each per mini-batch\n{HEADER}")
     # Evaluate before the first epoch: in a new run (epoch 0), and after a kill in the middle of an
     # evaluation.
     if evaluate_if_due(model.target_encoder, history, training, validation, args):

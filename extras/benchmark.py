@@ -336,6 +336,9 @@ def print_counts():
                 "MB of activations per image": f"{count['activations'] / 1e6:.1f}",
                 **{f"GiB: {name}": f"{size / 2**30:.2f}" for name, size in parts.items()},
                 f"GiB per GPU of {images} images, in all": f"{sum(parts.values()) / 2**30:.1f}",
+                **{f"GiB, in all, of one GPU with {batch} images":
+                   f"{sum(memory_parts(count, batch, 1).values()) / 2**30:.1f}"
+                   for batch in (256, 512, BATCH)},
                 "images per second and GPU": f"{rate:.0f}",
                 "hours for iNat18": f"{EPOCHS * INAT_IMAGES / (GPUS * rate) / 3600:.2f}",
             }
