@@ -30,7 +30,7 @@ FIGURES = {
     "kmeans": {"kmeans.png": "kmeans.png", "hidden_prior.png": "hidden_prior.png"},
     "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
     "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
-    "letters": {"which_prior.png": "which_prior.png"},
+    "letters": {"which_prior.png": "letters.png"},
     "photographs": {"which_prior.png": "photographs.png"},
     "imbalance": {"imbalance.png": "imbalance.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
@@ -80,7 +80,8 @@ def with_priors_named(runs):
 def kmeans():
     scores = load("kmeans")["adjusted_rand_index"]
     sizes = list(next(iter(scores.values())))
-    rows = [[name, *(f"{abs(np.mean(row[size])):.2f} ± {np.std(row[size], ddof=1):.2f}"
+    # A mean of -0.004 is rounded to -0. Adding 0 makes it 0.
+    rows = [[name, *(f"{round(np.mean(row[size]), 2) + 0:.2f} ± {np.std(row[size], ddof=1):.2f}"
                      for size in sizes)] for name, row in scores.items()]
     return markdown(["sizes of the groups", *(f"{float(size):g}:1" for size in sizes)], rows)
 
@@ -92,10 +93,11 @@ def kmeans_shares():
                      for name, row in rows.items()])
 
 CORNER = {"long_tailed": "long-tailed", "exponent": "prior"}
+WITH_CHOICE = {**CORNER, "chosen": "the lower loss has the"}  # another row if a seed chose another
 LOSSES = {"digit_loss": "loss of the digit's window", "background_loss": "... of the background's"}
 
 def corner():
-    return table_of(with_priors_named(load("corner")["runs"]), CORNER, LOSSES)
+    return table_of(with_priors_named(load("corner")["runs"]), WITH_CHOICE, LOSSES)
 
 def corner_neighbors():
     columns = {"same_digit": "same digit", "same_background": "same background",
@@ -135,7 +137,7 @@ def corner_ordinary():
 
 def corner_mnist():
     columns = {**LOSSES, "same_digit": "same digit", "same_background": "same background"}
-    return table_of(with_priors_named(load("corner_mnist")["runs"]), CORNER, columns)
+    return table_of(with_priors_named(load("corner_mnist")["runs"]), WITH_CHOICE, columns)
 
 def rcdm():
     """A row per measure, and a column per prior."""
@@ -152,39 +154,71 @@ def rcdm():
                     [[title, *(cell(row, name) for row in summary.values())]
                      for name, title in names.items()])
 
-PRIOR_ARMS = {"prior_exponent": "exponent of the prior", "loss": "loss"}
+def pooled(names):
+    """Runs of which_prior.py from several files, with what they gain over the uniform prior.
 
-def prior_arms(name, data_exponent, contrast, columns):
-    runs = load(name)["runs"]
+    The same model can be in two files, and counts once. The uniform prior is one model for the
+    losses plain, relative and any_order, and stands as "plain" here.
+    """
+    runs = [run for name in names for run in load(name)["runs"]]
     which_prior.add_gains(runs)
-    kept = [run for run in runs
-            if (run["data_exponent"], run["contrast"]) == (data_exponent, contrast)]
-    return table_of(kept, PRIOR_ARMS, columns)
+    models = {}
+    for run in runs:
+        if not (run["prior_exponent"] == 0 and run["loss"] in ("relative", "any_order")):
+            names = ("seed", "data_exponent", "contrast", "prior_exponent", "loss")
+            models.setdefault(tuple(run[name] for name in names), run)
+    return list(models.values())
 
-ACCURACIES = {"balanced_probe": "probe, balanced labels", "probe": "probe",
-              "probe_tail": "its tail", "knn": "k-NN", "knn_tail": "its tail"}
+def prior_table(*args, **kwargs):
+    rows, columns = prior_rows(*args, **kwargs)
+    return markdown(["", "prior", "n", *columns], rows)
+
+def prior_rows(names, columns, losses, data_exponent=1.0, contrast=0.0):
+    """A row per prior and loss, for one kind of data, and the titles of the columns."""
+    runs = [run for run in pooled(names) if run["loss"] in losses
+            and (run["data_exponent"], run["contrast"]) == (data_exponent, contrast)]
+    summary = summarize(runs, key=lambda run: (run["loss"], run["prior_exponent"]))
+    rows = []
+    for loss in losses:
+        for exponent in sorted({arm[1] for arm in summary if arm[0] == loss}, key=str):
+            if exponent == 0 and columns is GAINS:  # It gains nothing over itself.
+                continue
+            row = summary[loss, exponent]
+            prior = {None: "", 0.0: "uniform"}.get(exponent, f"exponent {exponent}")
+            rows.append([LOSS_NAMES.get(loss, loss), prior, str(row["n"]),
+                         *(cell(row, name) for name in columns)])
+    return rows, columns.values()
+
+def by_prototypes(counts):
+    """Gains over the uniform prior for {number of prototypes: file}."""
+    rows = []
+    for count, name in counts.items():
+        of_count, columns = prior_rows([name], GAINS, ["plain"])
+        rows += [[str(count), *row[1:]] for row in of_count]
+    return markdown(["prototypes", "prior", "n", *columns], rows)
+
+LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
+              "any_order": "any order"}
+ACCURACIES = {"balanced_probe": "probe, balanced labels", "balanced_knn": "k-NN, balanced labels",
+              "probe": "probe", "probe_tail": "its tail", "knn": "k-NN", "knn_tail": "its tail"}
 GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
-
-def photographs_long_tailed():
-    return prior_arms("photographs", 1.0, 0.0, ACCURACIES)
-
-def photographs_gains():
-    return prior_arms("photographs", 1.0, 0.0, GAINS)
-
-def photographs_balanced():
-    return prior_arms("photographs", 0.0, 0.0, GAINS)
+PLAIN = ("random", "plain", "supervised")
+WITH_GRATINGS = {**ACCURACIES, "same_background": "same grating"}
+PHOTOGRAPHS = ["photographs", "photographs_more"]
 
 def imbalanced(name):
-    content = load(name)
-    runs = content["runs"]
+    """A row per method, then the means of both groups of methods, and their difference."""
+    runs = load(name)["runs"]
     num_classes = max(run["classes_per_batch"] for run in runs)
-    of_groups = imbalance.group_drops(runs, imbalance.add_drops(runs, num_classes))
-    columns = {"class": "class", "knn": "class, k-NN", "drop_class": "drop, class",
-               "drop_share": "share of what was learned", "drop_knn": "drop, k-NN",
-               "drop_luminance": "luminance", "drop_color": "color",
-               "drop_orientation": "orientation"}
-    return table_of(runs + of_groups,
-                    {"method": "method", "classes_per_batch": "classes per mini-batch"}, columns)
+    runs += imbalance.group_drops(runs, imbalance.add_drops(runs, num_classes))
+    summary = summarize(runs, key=lambda run: (run["method"], run["classes_per_batch"]))
+    columns = {(num_classes, "class"): "class", (2, "drop_class"): "drop, two classes",
+               (1, "drop_class"): "drop, one class", (1, "drop_share"): "share of what was learned",
+               (1, "drop_knn"): "k-NN", (1, "drop_luminance"): "luminance",
+               (1, "drop_color"): "color", (1, "drop_orientation"): "orientation"}
+    rows = [[method, *(cell(summary.get((method, count), {}), name) for count, name in columns)]
+            for method in dict.fromkeys(run["method"] for run in runs)]
+    return markdown(["", *columns.values()], rows)
 
 TABLES = {  # the table, and the files that it comes from
     "kmeans": (kmeans, ["kmeans"]),
@@ -196,9 +230,25 @@ TABLES = {  # the table, and the files that it comes from
     "corner_ordinary": (corner_ordinary, ["corner_ordinary"]),
     "corner_mnist": (corner_mnist, ["corner_mnist"]),
     "rcdm": (rcdm, ["rcdm"]),
-    "photographs_long_tailed": (photographs_long_tailed, ["photographs"]),
-    "photographs_gains": (photographs_gains, ["photographs"]),
-    "photographs_balanced": (photographs_balanced, ["photographs"]),
+    "photographs": (lambda: prior_table(["photographs"], ACCURACIES, PLAIN), ["photographs"]),
+    "photographs_gains": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"]), PHOTOGRAPHS),
+    "photographs_balanced": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"], 0.0), PHOTOGRAPHS),
+    "photographs_losses": (
+        lambda: prior_table(["photographs", "photographs_losses"], GAINS,
+                            ["plain", "relative", "any_order"]),
+        ["photographs_losses"]),
+    "photographs_prototypes": (
+        lambda: by_prototypes({10: "photographs_10", 64: "photographs", 256: "photographs_256"}),
+        ["photographs_10", "photographs_256"]),
+    "photographs_gratings": (
+        lambda: prior_table(["photographs_gratings"], WITH_GRATINGS,
+                            ("random", "plain", "any_order", "supervised"), contrast=0.3),
+        ["photographs_gratings"]),
+    "letters": (lambda: prior_table(["letters"], ACCURACIES,
+                                    ("random", "plain", "both", "supervised")), ["letters"]),
+    "letters_gratings": (lambda: prior_table(["letters"], WITH_GRATINGS,
+                                             ("random", "plain", "both", "supervised"),
+                                             contrast=0.7), ["letters"]),
     "imbalance": (lambda: imbalanced("imbalance"), ["imbalance"]),
     "imbalance_cifar10": (lambda: imbalanced("imbalance_cifar10"), ["imbalance_cifar10"]),
 }
@@ -212,9 +262,10 @@ def about(names):
         commits = dict.fromkeys(maker["commit"] for maker in content["made_by"])
         seeds = sorted({run["seed"] for run in runs})
         jobs = {str(run["job"]): run["job_seconds"] for run in runs if "job" in run}
+        command = re.sub(r" --out \S+", "", maker["command"])
         lines.append(
             (f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
-            + f"`{maker['command']}`, commit {', '.join(commits)}, {maker['machine']}, torch "
+            + f"`{command}`, commit {', '.join(commits)}, {maker['machine']}, torch "
             + f"{maker['torch']}, " + (f"{sum(jobs.values()) / 60:.0f} minutes of one core" if jobs
                                        else f"{content['seconds']} s") + ".")
     return "\n\n".join(lines)

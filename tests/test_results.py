@@ -60,3 +60,51 @@ after
     assert make.load("example")["runs"][0]["results"]["y"] == 0.33333
     with Image.open(tmp_path / "figures" / "example.png") as image:
         assert image.text["results"] == make.digest("example") and image.size == (30, 20)
+
+def test_runs_of_which_prior_are_pooled(tmp_path, monkeypatch):
+    """Two files share the uniform model of seed 0. Gains are paired by seed, by hand."""
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+
+    def run(seed, exponent, loss, probe, data_exponent=1.0):
+        return {"seed": seed, "data_exponent": data_exponent, "contrast": 0.0,
+                "prior_exponent": exponent, "loss": loss, "results": {"probe": probe}}
+    first = [run(0, 0.0, "plain", 0.5), run(0, 0.25, "plain", 0.6), run(0, 1.0, "plain", 0.1),
+             run(1, 0.0, "plain", 0.4), run(1, 0.25, "plain", 0.35), run(0, None, "random", 0.2),
+             run(0, 0.25, "plain", 0.9, data_exponent=0.0)]
+    second = [run(0, 0.0, loss, 0.5) for loss in ("plain", "relative", "any_order")]
+    second.append(run(0, 0.25, "relative", 0.7))
+    for name, runs in (("first", first), ("second", second)):
+        make.path_of(name).write_text(json.dumps({"runs": runs}))
+    losses = ("random", "plain", "relative", "any_order")
+    table = make.prior_table(["first", "second"], {"probe": "accuracy"}, losses)
+    assert table.splitlines()[2:] == [
+        "| untrained encoder |  | 1 | 0.200 ± 0.000 |",
+        "| PMSN | uniform | 2 | 0.450 ± 0.071 |",
+        "| PMSN | exponent 0.25 | 2 | 0.475 ± 0.177 |",
+        "| PMSN | exponent 1.0 | 1 | 0.100 ± 0.000 |",
+        "| relative sharpening | exponent 0.25 | 1 | 0.700 ± 0.000 |"]
+    gains = make.prior_table(["first", "second"], make.GAINS, losses[1:]).splitlines()[2:]
+    assert [line.split(" | ")[:3] + [line.split(" | ")[5]] for line in gains] == [
+        ["| PMSN", "exponent 0.25", "2", "0.025 ± 0.106"],
+        ["| PMSN", "exponent 1.0", "1", "-0.400 ± 0.000"],
+        ["| relative sharpening", "exponent 0.25", "1", "0.200 ± 0.000"]]
+
+def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
+    """One seed, by hand: SimCLR loses .1 and .3 of .4, MAE nothing and .1 of .2."""
+    accuracies = {"SimCLR": {10: 0.6, 2: 0.5, 1: 0.3}, "MAE": {10: 0.4, 2: 0.4, 1: 0.3},
+                  "random ResNet": {10: 0.2}, "random ViT/4": {10: 0.2}}
+    tasks = ("class", "knn", "luminance", "color", "orientation")
+    runs = [{"seed": 0, "method": name, "classes_per_batch": count,
+             "results": dict.fromkeys(tasks, value)}
+            for name, of_counts in accuracies.items() for count, value in of_counts.items()]
+    monkeypatch.setattr(make, "load", lambda name: {"runs": runs})
+    rows = [[cell.split(" ±")[0] for cell in line.strip("| ").split(" | ")]
+            for line in make.imbalanced("any").splitlines()[2:]]
+    assert [row[:6] for row in rows] == [
+        ["SimCLR", "0.600", "0.100", "0.300", "0.750", "0.300"],
+        ["MAE", "0.400", "0.000", "0.100", "0.500", "0.100"],
+        ["random ResNet", "0.200", "-", "-", "-", "-"],
+        ["random ViT/4", "0.200", "-", "-", "-", "-"],
+        ["with a volume term", "-", "0.100", "0.300", "0.750", "0.300"],
+        ["without a volume term", "-", "0.000", "0.100", "0.500", "0.100"],
+        ["difference", "-", "0.100", "0.200", "0.250", "0.200"]]

@@ -17,6 +17,7 @@ from PIL import Image
 
 import imbalance
 import mnist_corner
+import pmsn
 import rcdm
 import toy_kmeans
 import train_inat
@@ -25,14 +26,16 @@ import which_prior
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+RECIPE = (REPOSITORY / "extras" / "RECIPE.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README + RECIPE, re.S)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 SCRIPTS = sorted(path for folder in (REPOSITORY, REPOSITORY / "extras")
                  for path in folder.glob("*.py") if path.name not in ("pmsn.py", "experiments.py"))
 COLUMNS = "digit_loss background_loss same_digit same_background loss"
 RESULTS = dict.fromkeys(COLUMNS.split(), 0.5)
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_inat.py --data" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_inat.py --data PATH" in c])
 def test_training_commands_are_understood(command, tmp_path):
     words = shlex.split(command)
     place = words.index("train_inat.py")
@@ -40,16 +43,28 @@ def test_training_commands_are_understood(command, tmp_path):
     assert str(args.data) == "PATH"
     assert words[0] == "python" or "torchrun" in words[:2]
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_the_example_runs(code):
-    """The loss in a training loop of one's own, with stand-ins for what the reader brings."""
+def test_the_five_lines_are_the_loss():
     torch.manual_seed(0)
-    batches = [(torch.rand(8, 12), torch.rand(8, 12)) for _ in range(3)]
-    names = {"encoder": torch.nn.Linear(12, 256), "ema_encoder": torch.nn.Linear(12, 256),
-             "loader": batches, "class_counts": [5, 3, 2]}
-    exec(code, names)
+    names = {"prior": pmsn.power_law_prior(5, 1.0)}
+    for name, count in (("anchors", 8), ("targets", 8), ("prototypes", 5)):
+        names[name] = torch.nn.functional.normalize(torch.randn(count, 6))
+    loss, _ = pmsn.pmsn_loss(**names)
+    exec(EXAMPLES[0], names)
+    torch.testing.assert_close(names["loss"], loss)
+
+def test_the_example_loop_runs():
+    """With stand-ins for what the reader brings."""
+    torch.manual_seed(0)
+    names = {"backbone": torch.nn.Linear(12, 384), "class_counts": [5, 3, 2], "device": "cpu",
+             "loader": [(torch.rand(8, 12), torch.rand(8, 12)) for _ in range(3)]}
+    start = names["backbone"].weight.clone()
+    exec(EXAMPLES[1], names)
     assert torch.isfinite(names["loss"]) and names["prototypes"].grad.abs().sum() > 0
-    assert {"effective_prototypes", "cross_entropy", "prior_kl"} <= set(names["terms"])
+    moved, moved_slowly = [(names[name][0].weight - start).abs().mean()
+                           for name in ("encoder", "ema_encoder")]
+    assert moved > 10 * moved_slowly > 0 and not names["ema_encoder"][0].weight.requires_grad
+    named = set(re.findall(r"^\| `(\w+)`", README, re.M))
+    assert len(named) == 3 and named <= set(names["terms"])
 
 @pytest.mark.parametrize("file", ["README.md", "extras/README.md"])
 def test_files_that_a_readme_names_exist(file):
@@ -63,8 +78,9 @@ def test_flags_functions_and_commands_of_the_readmes_exist():
     source = "".join(path.read_text() for path in [*SCRIPTS, REPOSITORY / "pmsn.py"])
     extras = (REPOSITORY / "extras" / "README.md").read_text()
     commands = "".join(re.findall(r"```bash\n(.*?)```", extras, re.S))
-    flags = {*re.findall(r"`(--[a-z_]+)[ `]", README), *re.findall(r" (--[a-z_]+)", commands)}
-    flags.discard("--nproc_per_node")  # of torchrun
+    flags = {*re.findall(r"[ `](--[a-z][a-z_-]+)", README + RECIPE + commands)}
+    flags -= {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--rdzv_backend",
+              "--max-restarts", "--shm-size", "--lambd"}  # of torchrun, docker and MSN
     assert len(flags) > 20
     for flag in flags:
         assert f'"{flag}"' in source, flag
