@@ -507,6 +507,10 @@ def test_the_files_of_a_run(undisturbed):
     assert "knn_all" in lines[0] and "linear_all" in lines[3] and "knn_all" not in lines[1]
     assert lines[3]["loss"] == pytest.approx(lines[3]["cross_entropy"] + lines[3]["prior_kl"])
     assert checkpoint(undisturbed)["usage"].sum().item() == pytest.approx(1)
+    shares = np.arange(1, 7) ** -0.25 / (np.arange(1, 7) ** -0.25).sum()
+    effective = np.exp(-(shares * np.log(shares)).sum())
+    assert (f"6 prototypes, {effective:.1f} effective, with {10 * shares.min():.2f} to "
+            f"{10 * shares.max():.2f} images each") in Path(f"{undisturbed}.log0").read_text()
     weights = torch.load(undisturbed / "encoder.pt", weights_only=True)
     pmsn.VisionTransformer(16, 8, *train_inat.MODELS["vit_micro"]).load_state_dict(weights)
     model = checkpoint(undisturbed)["model"]
