@@ -167,15 +167,16 @@ def in_order_of(p_bar, log_prior):
 def sharpen(log_p, sharpening, log_prior=0.0):
     """p^(1/T) / sum with T = `sharpening` in (0, 1], on logarithms: (N, K) -> (N, K). From MSN.
 
-    With a steep prior this has a danger: training can collapse to p = pi for every image. Then the
-    KL is 0, and sharpening moves the targets to the largest entries of pi, which makes the
-    cross-entropy small as well. For K = 10, exponent 1 and T = 1/4 this collapse has a loss of 1.14
-    nats. (With the uniform prior it has log 10 = 2.30 nats. Confident clusters with the shares pi
-    have 0.)
+    With a steep prior this has a danger: training can collapse to the same prediction p, near pi,
+    for every image. Then the KL is small, and sharpening moves the targets to the largest entries
+    of p, which makes the cross-entropy small as well. For K = 10, exponent 1 and T = 1/4 this
+    collapse ends at a loss of 0.62 nats and 3.5 effective prototypes, where pi has 7.3. (With the
+    uniform prior it has log 10 = 2.30 nats. Confident clusters with the shares pi have 0.)
 
     The remedy for exponents near 1 is the option `relative_sharpening` of `pmsn_loss`, which is not
     in the paper. With `log_prior`, the result is proportional to pi * (p / pi)^(1/T). Now p = pi is
-    not moved, and the collapse has a loss of H(pi) = 1.99 nats.
+    not moved, and has a loss of H(pi) = 1.99 nats (without the option 1.14). A collapse is still
+    possible, but most cost more: depending on the start, they end between 0.64 and 1.61 nats.
     """
     if not 0 < sharpening <= 1:
         raise ValueError(f"sharpening must lie in (0, 1], got {sharpening}")

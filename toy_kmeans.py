@@ -7,7 +7,7 @@ VICReg does so because our clusters lie at the corners of a regular simplex: if 
 whitened one-hot vectors, its variance and covariance terms are 0 for clusters of any sizes.
 PMSN prefers the sizes of its prior. With the right prior, it finds the groups.
 
-    python toy_kmeans.py             # about a minute on one core, no data needed
+    python toy_kmeans.py             # one to three minutes on one core, no data needed
     python toy_kmeans.py --quick     # a few seconds: 3 data sets instead of 20
 
 The script prints the cluster sizes that each loss prefers, and then how well six methods find the

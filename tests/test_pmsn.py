@@ -214,6 +214,39 @@ def test_constant_answer_and_its_two_remedies():
         close(terms["prior_kl"], 0, 1e-6)
         close(terms["cross_entropy"], cost, 1e-4)
 
+def test_where_the_same_prediction_for_every_image_ends():
+    """K = 10, exponent 1, T = 1/4: the gradient of one prediction, followed to its end.
+
+    There s = p (1 + log(p / pi) - KL), where s is the sharpened p. The loss is .62 nats from any
+    start. With relative sharpening it depends on the start: 1.61 from equal predictions.
+    """
+    prior, axes = pmsn.power_law_prior(10, 1.0).double(), torch.eye(10, dtype=torch.float64)
+    torch.manual_seed(0)
+    for start in (0.1 * prior.log(), torch.zeros(10), 0.1 * torch.randn(10)):
+        z = (start + 0.3 + 1e-4 * torch.randn(10)).double().requires_grad_()
+
+        def descend(**options):
+            x = z.detach().clone().requires_grad_()
+            optimizer = torch.optim.Adam([x], lr=0.01)
+            for _ in range(800):
+                anchors = x.expand(2, -1)
+                loss, terms = pmsn.pmsn_loss(anchors, anchors, axes, prior, **options)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            return loss.item(), terms
+
+        loss, terms = descend()
+        assert loss == pytest.approx(0.624, abs=2e-3)
+        p, pi = terms["mean_prediction"].numpy(), prior.numpy()
+        kl = (p * np.log(p / pi)).sum()
+        np.testing.assert_allclose(p**4 / (p**4).sum(), p * (1 + np.log(p / pi) - kl), atol=2e-3)
+        for name in ("effective_prototypes", "prototypes_per_view"):
+            close(terms[name], 3.52, 0.01)
+        assert 0.63 < descend(relative_sharpening=True)[0] < 1.62
+    z = torch.full((10,), 0.3).double()
+    assert descend(relative_sharpening=True)[0] == pytest.approx(1.607, abs=2e-3)
+
 # ---- Vision transformer --------------------------------------------------------------------------
 def small_vit(seed=0):
     torch.manual_seed(seed)
