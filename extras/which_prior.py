@@ -335,31 +335,33 @@ def add_gains(runs):
 
 # ---- Figure --------------------------------------------------------------------------------------
 def plot(summary, path):
-    """k-NN accuracy over the exponent of the prior: a panel per kind of data, a line per loss."""
+    """Balanced probe over the exponent of the prior: a panel per kind of data, a line per loss."""
     kinds = {(data_exponent, contrast) for data_exponent, contrast, _, _ in summary}
     data_exponents, contrasts = [sorted(set(values)) for values in zip(*kinds)]
     rows, columns = len(contrasts), len(data_exponents)
     figure = Figure(figsize=(1 + 4 * columns, 1 + 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
-        arms = {(exponent, loss): row["knn"]
+        arms = {(exponent, loss): row["balanced_probe"]
                 for (*of_data, exponent, loss), row in summary.items() if tuple(of_data) == kind}
-        for i, loss in enumerate(LOSSES):
+        shown = [loss for loss in LOSSES if loss in {name for _, name in arms}]
+        for i, loss in enumerate(shown):
             # Moved a little, so that the error bars do not hide one another
-            points = sorted((exponent + 0.02 * i - 0.03, knn["mean"], knn["std"])
-                            for (exponent, name), knn in arms.items() if name == loss)
-            if points:
-                exponents, mean, std = zip(*points)
-                ax.errorbar(exponents, mean, std, marker="o", capsize=3, label=loss)
+            shift = 0.02 * (i - (len(shown) - 1) / 2)
+            exponents, mean, std = zip(*sorted(
+                (exponent + shift, probe["mean"], probe["std"])
+                for (exponent, name), probe in arms.items() if name == loss))
+            ax.errorbar(exponents, mean, std, marker="o", capsize=3, label=loss)
         for name, style in (("supervised", "--"), ("random", ":")):
             ax.axhline(arms[None, name]["mean"], color="gray", linestyle=style, label=name)
         ax.axvline(kind[0], color="gray", alpha=0.3)
-        ax.set_title(name_of(kind), fontsize="medium")
+        best = max((arm for arm in arms if arm[0] is not None), key=lambda arm: arms[arm]["mean"])
+        ax.set_title(f"{name_of(kind)}: best at exponent {best[0]:g}", fontsize="medium")
     axes[0, 0].legend(fontsize="small")
-    figure.suptitle("Which prior gives the best features? "
-                    "(vertical line: the exponent of the classes)")
+    figure.suptitle("Which prior gives the best features? (vertical line: the exponent of the "
+                    f"classes; n = {number_of_seeds(summary)} seeds)")
     figure.supxlabel("exponent of the prior (0: uniform)")
-    figure.supylabel(f"k-NN accuracy on balanced images (n = {number_of_seeds(summary)} seeds)")
+    figure.supylabel("linear probe, balanced labels")
     figure.savefig(path)
 
 def name_of(kind):
