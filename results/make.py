@@ -204,7 +204,7 @@ ACCURACIES = {"balanced_probe": "probe, balanced labels", "balanced_knn": "k-NN,
 GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
 PLAIN = ("random", "plain", "supervised")
 WITH_GRATINGS = {**ACCURACIES, "same_background": "same grating"}
-PHOTOGRAPHS = ["photographs", "photographs_more"]
+PHOTOGRAPHS = ["photographs"]
 
 def imbalanced(name):
     """A row per method, then the means of both groups of methods, and their difference."""
@@ -272,9 +272,15 @@ def about(names):
 
 def with_tables(text):
     """The text of a README with all of its tables written again."""
+    seen = set()
+
     def write(match):
         table, names = TABLES[match[1]]
-        return f"<!-- table: {match[1]} -->\n{table()}\n\n{about(names)}\n<!-- end -->"
+        source = about(names)
+        if source in seen:
+            source = "(From the same results as a table above.)"
+        seen.add(source)
+        return f"<!-- table: {match[1]} -->\n{table()}\n\n{source}\n<!-- end -->"
 
     return re.sub("<!-- table: (\\w+) -->.*?<!-- end -->", write, text, flags=re.DOTALL)
 
