@@ -342,8 +342,9 @@ def plot(summary, path):
     figure = Figure(figsize=(1 + 4 * columns, 1 + 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
-        arms = {(exponent, loss): row["balanced_probe"]
-                for (*of_data, exponent, loss), row in summary.items() if tuple(of_data) == kind}
+        rows_of = {(exponent, loss): row for (*of_data, exponent, loss), row in summary.items()
+                   if tuple(of_data) == kind}
+        arms = {arm: row["balanced_probe"] for arm, row in rows_of.items()}
         shown = [loss for loss in LOSSES if loss in {name for _, name in arms}]
         for i, loss in enumerate(shown):
             # Moved a little, so that the error bars do not hide one another
@@ -352,14 +353,17 @@ def plot(summary, path):
                 (exponent + shift, probe["mean"], probe["std"])
                 for (exponent, name), probe in arms.items() if name == loss))
             ax.errorbar(exponents, mean, std, marker="o", capsize=3, label=loss)
-        for name, style in (("supervised", "--"), ("random", ":")):
-            ax.axhline(arms[None, name]["mean"], color="gray", linestyle=style, label=name)
+        for name, label, style in (("supervised", "supervised", "--"),
+                                   ("random", "untrained", ":")):
+            ax.axhline(arms[None, name]["mean"], color="gray", linestyle=style, label=label)
         ax.axvline(kind[0], color="gray", alpha=0.3)
         best = max((arm for arm in arms if arm[0] is not None), key=lambda arm: arms[arm]["mean"])
-        ax.set_title(f"{name_of(kind)}: best at exponent {best[0]:g}", fontsize="medium")
+        gain = f"gains {cell(rows_of[best], 'gain_balanced_probe')}" if best[0] else "is best"
+        ax.set_title(f"{name_of(kind)}: exponent {best[0]:g} {gain}", fontsize="medium")
     axes[0, 0].legend(fontsize="small")
-    figure.suptitle("Which prior gives the best features? (vertical line: the exponent of the "
-                    f"classes; n = {number_of_seeds(summary)} seeds)")
+    figure.suptitle("Which prior gives the best features, and what does it gain over the uniform "
+                    "one?\n(vertical line: the exponent of the classes; bars: standard deviation, "
+                    f"n = {number_of_seeds(summary)} seeds)")
     figure.supxlabel("exponent of the prior (0: uniform)")
     figure.supylabel("linear probe, balanced labels")
     figure.savefig(path)
