@@ -908,6 +908,8 @@ def main(argv=None):
     paths, labels = training
     try:
         prior = PRIORS[args.prior](labels, args)
+        if len(prior) == 1:
+            raise ValueError("--prior classes needs labels, and all images are in one folder")
         batches, set_epoch = make_batches(labels, args)
     except ValueError as error:
         fail(error)

@@ -909,6 +909,15 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
     assert error.value.code == 2 and message in text and text.count("\n") == 1, text
     assert (tmp_path / "FOREIGN" / "train").exists()
 
+def test_one_class_is_no_prior(data, tmp_path, capsys):
+    """There would be one prototype and a loss of 0."""
+    place = SMALL.index("--prototypes")
+    argv = [*SMALL[:place], *SMALL[place + 2:], "--prior", "classes", "--out", str(tmp_path / "out")]
+    shutil.copytree(data / "train/class0", tmp_path / "images" / "all")
+    with pytest.raises(SystemExit, match="^2$"):
+        train_inat.main([*argv, "--data", str(tmp_path / "images")])
+    assert "--prior classes needs labels" in capsys.readouterr().err
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 def test_shots_are_counted_on_training_images(monkeypatch):
     """Features are the label, but the rarest class looks like the most frequent one."""
