@@ -493,7 +493,7 @@ def plot(runs, learned, classes_per_batch, args):
             ax.plot([name] * len(drops), drops, "ko", markersize=3.5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.tick_params(axis="x", rotation=60)
-        ax.set_title(f"{task}, {count} class{'es' * (count > 1)} per mini-batch")
+        ax.set_title(f"{task}, {count} class{'es' * (count > 1)}")
     figure.supylabel("drop in accuracy")
     figure.suptitle("What mini-batches with few classes cost, against all classes (blue: with a "
                     "volume term; pale: did not learn the class; "
