@@ -939,11 +939,11 @@ def main(argv=None):
         compile_encoders(model)
 
     # With less than one image per mini-batch, a prototype cannot have its share of the prior.
-    images = args.batch_size * prior
+    expected = args.batch_size * prior  # images per mini-batch
     say(f"{len(paths)} images, {len(labels.unique())} classes, {world_size()} x {device.type}, "
         f"torch {torch.__version__}\n{args.prior} prior: {len(prior)} prototypes, "
-        f"{torch.special.entr(prior).sum().exp():.1f} effective, with {images.min():.2f} to "
-        f"{images.max():.2f} images each per mini-batch\n{HEADER}")
+        f"{torch.special.entr(prior).sum().exp():.1f} effective, with {expected.min():.2f} to "
+        f"{expected.max():.2f} images each per mini-batch\n{HEADER}")
     # Evaluate before the first epoch: in a new run (epoch 0), and after a kill in the middle of an
     # evaluation.
     if evaluate_if_due(model.target_encoder, history, training, validation, args):

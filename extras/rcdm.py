@@ -6,7 +6,7 @@ differs between them is what it leaves open. The images and the models are those
 with long-tailed digits: with the power-law prior a prototype should stand for a digit, and with the
 uniform prior for a background.
 
-    python extras/rcdm.py               # two models, and a diffusion model for each: 15 to 45 minutes
+    python extras/rcdm.py               # two models, a diffusion model for each: 15 to 45 minutes
     python extras/rcdm.py --quick       # every step, with too little data, in half a minute
     python extras/rcdm.py --models runs/corner      # models that mnist_corner.py has trained
 

@@ -165,16 +165,11 @@ def pooled(names):
     models = {}
     for run in runs:
         if not (run["prior_exponent"] == 0 and run["loss"] in ("relative", "any_order")):
-            names = ("seed", "data_exponent", "contrast", "prior_exponent", "loss")
-            models.setdefault(tuple(run[name] for name in names), run)
+            models.setdefault(tuple(run[name] for name in ("seed", *which_prior.ARM)), run)
     return list(models.values())
 
-def prior_table(*args, **kwargs):
-    rows, columns = prior_rows(*args, **kwargs)
-    return markdown(["", "prior", "n", *columns], rows)
-
-def prior_rows(names, columns, losses, data_exponent=1.0, contrast=0.0):
-    """A row per prior and loss, for one kind of data, and the titles of the columns."""
+def prior_table(names, columns, losses, data_exponent=1.0, contrast=0.0):
+    """A row per prior and loss, for one kind of data."""
     runs = [run for run in pooled(names) if run["loss"] in losses
             and (run["data_exponent"], run["contrast"]) == (data_exponent, contrast)]
     summary = summarize(runs, key=lambda run: (run["loss"], run["prior_exponent"]))
@@ -187,15 +182,7 @@ def prior_rows(names, columns, losses, data_exponent=1.0, contrast=0.0):
             prior = {None: "", 0.0: "uniform"}.get(exponent, f"exponent {exponent}")
             rows.append([LOSS_NAMES.get(loss, loss), prior, str(row["n"]),
                          *(cell(row, name) for name in columns)])
-    return rows, columns.values()
-
-def by_prototypes(counts):
-    """Gains over the uniform prior for {number of prototypes: file}."""
-    rows = []
-    for count, name in counts.items():
-        of_count, columns = prior_rows([name], GAINS, ["plain"])
-        rows += [[str(count), *row[1:]] for row in of_count]
-    return markdown(["prototypes", "prior", "n", *columns], rows)
+    return markdown(["", "prior", "n", *columns.values()], rows)
 
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
               "any_order": "any order"}
@@ -203,7 +190,6 @@ ACCURACIES = {"balanced_probe": "probe, balanced labels", "balanced_knn": "k-NN,
               "probe": "probe", "probe_tail": "its tail", "knn": "k-NN", "knn_tail": "its tail"}
 GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
 PLAIN = ("random", "plain", "supervised")
-WITH_GRATINGS = {**ACCURACIES, "same_background": "same grating"}
 PHOTOGRAPHS = ["photographs"]
 
 def imbalanced(name):
@@ -226,29 +212,13 @@ TABLES = {  # the table, and the files that it comes from
     "corner": (corner, ["corner"]),
     "corner_bounds": (corner_bounds, ["corner"]),
     "corner_neighbors": (corner_neighbors, ["corner"]),
-    "corner_ingredients": (corner_ingredients, ["corner_fixed_order", "corner_one_try"]),
+    "corner_ingredients": (corner_ingredients, ["corner", "corner_fixed_order", "corner_one_try"]),
     "corner_ordinary": (corner_ordinary, ["corner_ordinary"]),
     "corner_mnist": (corner_mnist, ["corner_mnist"]),
     "rcdm": (rcdm, ["rcdm"]),
     "photographs": (lambda: prior_table(["photographs"], ACCURACIES, PLAIN), ["photographs"]),
     "photographs_gains": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"]), PHOTOGRAPHS),
     "photographs_balanced": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"], 0.0), PHOTOGRAPHS),
-    "photographs_losses": (
-        lambda: prior_table(["photographs", "photographs_losses"], GAINS,
-                            ["plain", "relative", "any_order"]),
-        ["photographs_losses"]),
-    "photographs_prototypes": (
-        lambda: by_prototypes({10: "photographs_10", 64: "photographs", 256: "photographs_256"}),
-        ["photographs_10", "photographs_256"]),
-    "photographs_gratings": (
-        lambda: prior_table(["photographs_gratings"], WITH_GRATINGS,
-                            ("random", "plain", "any_order", "supervised"), contrast=0.3),
-        ["photographs_gratings"]),
-    "letters": (lambda: prior_table(["letters"], ACCURACIES,
-                                    ("random", "plain", "both", "supervised")), ["letters"]),
-    "letters_gratings": (lambda: prior_table(["letters"], WITH_GRATINGS,
-                                             ("random", "plain", "both", "supervised"),
-                                             contrast=0.7), ["letters"]),
     "imbalance": (lambda: imbalanced("imbalance"), ["imbalance"]),
     "imbalance_cifar10": (lambda: imbalanced("imbalance_cifar10"), ["imbalance_cifar10"]),
 }

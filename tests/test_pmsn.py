@@ -221,31 +221,31 @@ def test_where_the_same_prediction_for_every_image_ends():
     start. With relative sharpening it depends on the start: 1.61 from equal predictions.
     """
     prior, axes = pmsn.power_law_prior(10, 1.0).double(), torch.eye(10, dtype=torch.float64)
+
+    def descend(start, **options):
+        z = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([z], lr=0.01)
+        for _ in range(800):
+            anchors = z.expand(2, -1)
+            loss, terms = pmsn.pmsn_loss(anchors, anchors, axes, prior, **options)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item(), terms
+
     torch.manual_seed(0)
     for start in (0.1 * prior.log(), torch.zeros(10), 0.1 * torch.randn(10)):
-        z = (start + 0.3 + 1e-4 * torch.randn(10)).double().requires_grad_()
-
-        def descend(**options):
-            x = z.detach().clone().requires_grad_()
-            optimizer = torch.optim.Adam([x], lr=0.01)
-            for _ in range(800):
-                anchors = x.expand(2, -1)
-                loss, terms = pmsn.pmsn_loss(anchors, anchors, axes, prior, **options)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            return loss.item(), terms
-
-        loss, terms = descend()
+        start = (start + 0.3 + 1e-4 * torch.randn(10)).double()
+        loss, terms = descend(start)
         assert loss == pytest.approx(0.624, abs=2e-3)
         p, pi = terms["mean_prediction"].numpy(), prior.numpy()
         kl = (p * np.log(p / pi)).sum()
         np.testing.assert_allclose(p**4 / (p**4).sum(), p * (1 + np.log(p / pi) - kl), atol=2e-3)
         for name in ("effective_prototypes", "prototypes_per_view"):
             close(terms[name], 3.52, 0.01)
-        assert 0.63 < descend(relative_sharpening=True)[0] < 1.62
-    z = torch.full((10,), 0.3).double()
-    assert descend(relative_sharpening=True)[0] == pytest.approx(1.607, abs=2e-3)
+        assert 0.63 < descend(start, relative_sharpening=True)[0] < 1.62
+    equal = torch.full((10,), 0.3).double()
+    assert descend(equal, relative_sharpening=True)[0] == pytest.approx(1.607, abs=2e-3)
 
 # ---- Vision transformer --------------------------------------------------------------------------
 def small_vit(seed=0):

@@ -55,7 +55,7 @@ def test_the_five_lines_are_the_loss():
 def test_the_example_loop_runs():
     """With stand-ins for what the reader brings."""
     torch.manual_seed(0)
-    names = {"backbone": torch.nn.Linear(12, 384), "class_counts": [5, 3, 2], "device": "cpu",
+    names = {"backbone": torch.nn.Linear(12, 384), "device": "cpu",
              "loader": [(torch.rand(8, 12), torch.rand(8, 12)) for _ in range(3)]}
     start = names["backbone"].weight.clone()
     exec(EXAMPLES[1], names)

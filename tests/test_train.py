@@ -912,10 +912,10 @@ def test_mistakes_are_one_clear_line(change, message, data, tmp_path, capsys):
 def test_one_class_is_no_prior(data, tmp_path, capsys):
     """There would be one prototype and a loss of 0."""
     place = SMALL.index("--prototypes")
-    argv = [*SMALL[:place], *SMALL[place + 2:], "--prior", "classes", "--out", str(tmp_path / "out")]
+    argv = [*SMALL[:place], *SMALL[place + 2:], "--prior", "classes"]
     shutil.copytree(data / "train/class0", tmp_path / "images" / "all")
     with pytest.raises(SystemExit, match="^2$"):
-        train_inat.main([*argv, "--data", str(tmp_path / "images")])
+        train_inat.main([*argv, "--data", str(tmp_path / "images"), "--out", str(tmp_path / "out")])
     assert "--prior classes needs labels" in capsys.readouterr().err
 
 # ---- Evaluation ----------------------------------------------------------------------------------
