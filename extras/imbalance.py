@@ -27,6 +27,10 @@ class. SimCLR-GroupNorm has no BatchNorm. PMSN (a steep prior in any order, see 
 and MSN-5 (five prototypes) do not force a mini-batch of one class onto many prototypes: do they
 lose less?
 
+With one class per mini-batch, successive steps of the optimizer see other classes, which can hurt
+any method. --accumulate 10 separates this from the volume term: each step takes the mean gradient
+of ten mini-batches, which together have many classes.
+
 --data is synthetic, CIFAR10, or a folder with train/<class> and test/<class>. --out gets
 results.json and imbalance.png. A run is in results.json as soon as it is done, and the same command
 continues from there. The seeds change weights and mini-batches, and not the images.
@@ -342,26 +346,28 @@ def train(name, images, sampler, seed, args):
     method = make_method().to(memory_format=torch.channels_last)  # faster on CPUs
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
-    steps, began = args.epochs * len(sampler), time.time()
+    steps, began = args.epochs * len(sampler) // args.accumulate, time.time()
     for epoch in range(1, args.epochs + 1):
         sampler.set_epoch(epoch)
         losses = []
-        for step, batch in enumerate(sampler, start=(epoch - 1) * len(sampler)):
-            lr = (args.lr or best_lr) * warmup_cosine(step, steps)
-            optimizer.param_groups[0]["lr"] = lr
-
+        for i, batch in enumerate(sampler, start=(epoch - 1) * len(sampler)):
             # Two random crops of each image, in random colors. 32 pixels are too few to blur.
             crops = [random_crops(images[batch])[:, None] for _ in range(2)]  # (B, 1, 3, 32, 32)
             views = pmsn.make_views(crops, blur_p=0.0)  # colors, and normalization
 
             loss, _ = method(views, **loss_options)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 3.0)
-            optimizer.step()
-            if hasattr(method, "update_target"):
-                method.update_target(ema_momentum=0.99)
+            (loss / args.accumulate).backward()  # adds to the gradients of earlier mini-batches
             losses.append(loss.item())
+
+            step, place = divmod(i, args.accumulate)
+            if place == args.accumulate - 1:
+                lr = (args.lr or best_lr) * warmup_cosine(step, steps)
+                optimizer.param_groups[0]["lr"] = lr
+                nn.utils.clip_grad_norm_(parameters, 3.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if hasattr(method, "update_target"):
+                    method.update_target(ema_momentum=0.99)
         mean_loss = np.mean(losses)
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss of {name} is not finite in epoch {epoch}: try a lower --lr")
@@ -516,6 +522,7 @@ def main(argv=None):
     add("--images", type=number(int, 60), default=5000, help="at most, per set")
     add("--epochs", type=number(int, 1), default=6, help="of training")
     add("--batch_size", type=number(int, 4), default=250, help="images per mini-batch")
+    add("--accumulate", type=number(int, 1), default=1, help="mini-batches per optimizer step")
     add("--lr", type=number(float, 1e-9), help="learning rate (default: one for each method)")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
     add("--quick", action="store_true", help="1 epoch of two methods on 300 images")
@@ -535,6 +542,9 @@ def main(argv=None):
             raise ValueError(f"--classes_per_batch must be other than all {num_classes} classes")
         # Both trainings of a method must have the same number of steps.
         steps = [len(pmsn.ClassBatchSampler(classes, args.batch_size, count)) for count in counts]
+        if steps[0] % args.accumulate:
+            raise ValueError(f"--accumulate {args.accumulate} does not divide the {steps[0]} "
+                             "mini-batches of an epoch")
         if len(set(steps)) > 1:
             raise ValueError(
                 f"{len(classes)} images give {steps} mini-batches of {counts} classes. Choose "

@@ -186,7 +186,7 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     monkeypatch.setattr(pmsn, "make_views", lambda crops, blur_p: crops)
     classes = torch.arange(200) % 10
     images = classes.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    args, sampler = SimpleNamespace(epochs=4, lr=0.1), pmsn.ClassBatchSampler(classes, 20, 2)
+    args, sampler = SimpleNamespace(epochs=4, lr=0.1, accumulate=1), pmsn.ClassBatchSampler(classes, 20, 2)
     torch.manual_seed(1)  # The seed of the run counts, and not this one.
     assert imbalance.train("SimCLR", images, sampler, 3, args) is recorder.encoder
     assert weight == [torch.randn(1, generator=torch.Generator().manual_seed(3))]
@@ -268,11 +268,16 @@ def test_quick_run_writes_everything(tmp_path):
     results = [run["results"] for run in runs]
     assert results[0] != results[1] and results[2] != results[3]  # ten classes and one class
 
-def test_training_equals_a_plain_loop(monkeypatch):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_equals_a_plain_loop(accumulate, monkeypatch):
     """SimCLR without BatchNorm, so that no weight has a gradient that is only rounding.
 
-    The loss is multiplied by 1000, so that all gradients are clipped.
+    The loss is multiplied by 1000, so that all gradients are clipped. Adam hardly depends on their
+    scale, so we compare their norms, too.
     """
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *args: norms.append(clip(*args).item()))
     def loss_of(first, second):
         loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
         return 1000 * loss, terms
@@ -280,8 +285,9 @@ def test_training_equals_a_plain_loop(monkeypatch):
     def make():
         return imbalance.TwoViews(loss_of, norms=(imbalance.group_norm, imbalance.group_norm))
     monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, 0.01, {}, "random ResNet"))
-    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    classes, args = torch.arange(40) % 4, SimpleNamespace(epochs=2, lr=0.02)
+    images = torch.randint(256, (40 * accumulate, 3, 32, 32), dtype=torch.uint8)
+    classes = torch.arange(len(images)) % 4
+    args = SimpleNamespace(epochs=2, lr=0.02, accumulate=accumulate)
     sampler = pmsn.ClassBatchSampler(classes, 20, 2, seed=4)
     encoder = imbalance.train("SimCLR", images, sampler, 3, args)
     torch.manual_seed(3)
@@ -290,17 +296,21 @@ def test_training_equals_a_plain_loop(monkeypatch):
     for step in range(4):
         if step % 2 == 0:
             sampler.set_epoch(step // 2 + 1)
-            batches = list(sampler)
-        crops = [imbalance.random_crops(images[batches[step % 2]])[:, None] for _ in range(2)]
-        # In this order and memory format rounding is the same. Adam enlarges its differences.
-        views = torch.cat(pmsn.make_views(crops, blur_p=0.0))
-        first, second = twin.head(twin.encoder(views)).chunk(2)
-        loss, _ = loss_of(first, second)
+            batches = iter(list(sampler))
         optimizer.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * step / 4)) / 2
         optimizer.zero_grad()
-        loss.backward()
+        losses = []
+        for _ in range(accumulate):
+            batch = images[next(batches)]
+            crops = [imbalance.random_crops(batch)[:, None] for _ in range(2)]
+            # In this order and memory format rounding is the same. Adam enlarges its differences.
+            views = torch.cat(pmsn.make_views(crops, blur_p=0.0))
+            first, second = twin.head(twin.encoder(views)).chunk(2)
+            losses.append(loss_of(first, second)[0])
+        torch.stack(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 3.0)
         optimizer.step()
+    assert len(norms) == 8 and norms[:4] == pytest.approx(norms[4:], rel=1e-4)
     for name, value in twin.encoder.state_dict().items():
         torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-4, atol=1e-5,
                                    msg=name)
@@ -313,7 +323,7 @@ def test_msn_is_tested_with_its_target_and_pmsn_has_any_order(name, any_order, m
         seen.append((self, options))
         return self.prototypes.sum(), {}
     monkeypatch.setattr(pmsn.PMSN, "forward", loss)
-    images, args = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), SimpleNamespace(epochs=1, lr=0.1)
+    images, args = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), SimpleNamespace(epochs=1, lr=0.1, accumulate=1)
     sampler = pmsn.ClassBatchSampler(torch.arange(20) % 2, 10, 2)
     encoder = imbalance.train(name, images, sampler, 0, args)
     model, options = seen[-1]
