@@ -32,7 +32,6 @@ FIGURES = {
     "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
     "letters": {"which_prior.png": "letters.png"},
     "photographs": {"which_prior.png": "photographs.png"},
-    "imbalance": {"imbalance.png": "imbalance.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
 }
 
@@ -192,19 +191,30 @@ GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
 PLAIN = ("random", "plain", "supervised")
 PHOTOGRAPHS = ["photographs"]
 
-def imbalanced(name):
-    """A row per method, then the means of both groups of methods, and their difference."""
-    runs = load(name)["runs"]
-    num_classes = max(run["classes_per_batch"] for run in runs)
-    runs += imbalance.group_drops(runs, imbalance.add_drops(runs, num_classes))
+def imbalanced(names, methods):
+    """A row per method, or for the mean of a group of methods, or for the difference of groups.
+
+    A drop compares two runs of the same file, because another file can have other settings.
+    """
+    runs = []
+    for name in names:
+        of_file = load(name)["runs"]
+        num_classes = max(run["classes_per_batch"] for run in of_file)
+        learned = imbalance.add_drops(of_file, num_classes)
+        runs += of_file + imbalance.group_drops(of_file, learned)
     summary = summarize(runs, key=lambda run: (run["method"], run["classes_per_batch"]))
     columns = {(num_classes, "class"): "class", (2, "drop_class"): "drop, two classes",
                (1, "drop_class"): "drop, one class", (1, "drop_share"): "share of what was learned",
                (1, "drop_knn"): "k-NN", (1, "drop_luminance"): "luminance",
                (1, "drop_color"): "color", (1, "drop_orientation"): "orientation"}
+    counts = {count for method, count in summary if method in methods}
+    columns = {column: title for column, title in columns.items() if column[0] in counts}
     rows = [[method, *(cell(summary.get((method, count), {}), name) for count, name in columns)]
-            for method in dict.fromkeys(run["method"] for run in runs)]
+            for method in methods]
     return markdown(["", *columns.values()], rows)
+
+FLOORS = ["random ResNet", "random ViT/4", "raw pixels"]
+DIFFERENCE = ["with a volume term", "without a volume term", "difference"]
 
 TABLES = {  # the table, and the files that it comes from
     "kmeans": (kmeans, ["kmeans"]),
@@ -219,8 +229,10 @@ TABLES = {  # the table, and the files that it comes from
     "photographs": (lambda: prior_table(["photographs"], ACCURACIES, PLAIN), ["photographs"]),
     "photographs_gains": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"]), PHOTOGRAPHS),
     "photographs_balanced": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"], 0.0), PHOTOGRAPHS),
-    "imbalance": (lambda: imbalanced("imbalance"), ["imbalance"]),
-    "imbalance_cifar10": (lambda: imbalanced("imbalance_cifar10"), ["imbalance_cifar10"]),
+    "imbalance_cifar10": (
+        lambda: imbalanced(["imbalance_cifar10"],
+                           ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE]),
+        ["imbalance_cifar10"]),
 }
 
 def about(names):
