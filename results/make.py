@@ -153,6 +153,13 @@ def rcdm():
                     [[title, *(cell(row, name) for row in summary.values())]
                      for name, title in names.items()])
 
+PRIOR_NAMES = {None: "", 0.0: "uniform"}
+LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
+              "any_order": "any order"}
+GAINED = {"balanced_probe": "probe, balanced labels", "balanced_knn": "k-NN, balanced labels",
+          "probe": "probe", "probe_tail": "its tail"}
+ACCURACIES = {**GAINED, "knn": "k-NN", "knn_tail": "its tail"}
+
 def pooled(names):
     """Runs of which_prior.py from several files, with what they gain over the uniform prior.
 
@@ -167,29 +174,37 @@ def pooled(names):
             models.setdefault(tuple(run[name] for name in ("seed", *which_prior.ARM)), run)
     return list(models.values())
 
-def prior_table(names, columns, losses, data_exponent=1.0, contrast=0.0):
-    """A row per prior and loss, for one kind of data."""
+def accuracies(names, columns=ACCURACIES, losses=("random", "plain", "supervised"), contrast=0.0):
+    """A row per loss and prior, on long-tailed images."""
     runs = [run for run in pooled(names) if run["loss"] in losses
-            and (run["data_exponent"], run["contrast"]) == (data_exponent, contrast)]
+            and (run["data_exponent"], run["contrast"]) == (1.0, contrast)]
     summary = summarize(runs, key=lambda run: (run["loss"], run["prior_exponent"]))
-    rows = []
-    for loss in losses:
-        for exponent in sorted({arm[1] for arm in summary if arm[0] == loss}, key=str):
-            if exponent == 0 and columns is GAINS:  # It gains nothing over itself.
-                continue
-            row = summary[loss, exponent]
-            prior = {None: "", 0.0: "uniform"}.get(exponent, f"exponent {exponent}")
-            rows.append([LOSS_NAMES.get(loss, loss), prior, str(row["n"]),
-                         *(cell(row, name) for name in columns)])
+    rows = [[LOSS_NAMES.get(loss, loss), PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
+             str(row["n"]), *(cell(row, name) for name in columns)]
+            for loss in losses
+            for (loss_of_row, exponent), row in sorted(summary.items(), key=str)
+            if loss_of_row == loss]
     return markdown(["", "prior", "n", *columns.values()], rows)
 
-LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
-              "any_order": "any order"}
-ACCURACIES = {"balanced_probe": "probe, balanced labels", "balanced_knn": "k-NN, balanced labels",
-              "probe": "probe", "probe_tail": "its tail", "knn": "k-NN", "knn_tail": "its tail"}
-GAINS = {f"gain_{name}": title for name, title in ACCURACIES.items()}
-PLAIN = ("random", "plain", "supervised")
-PHOTOGRAPHS = ["photographs"]
+def gains(arms):
+    """What priors gain over the uniform one with the same seed, images, prototypes and loss.
+
+    `arms` has a line per group of rows: images, prototypes, loss, and the files of these runs.
+    """
+    rows = []
+    for data_exponent, prototypes, loss, names in arms:
+        runs = [run for run in pooled(names) if run["prior_exponent"]
+                and (run["data_exponent"], run["loss"]) == (data_exponent, loss)]
+        for exponent, row in sorted(summarize(runs, lambda run: run["prior_exponent"]).items()):
+            rows.append(["long-tailed" if data_exponent else "balanced", str(prototypes),
+                         LOSS_NAMES[loss], str(exponent), str(row["n"]),
+                         *(cell(row, f"gain_{name}") for name in GAINED)])
+    return markdown(["images", "prototypes", "loss", "exponent of the prior", "n",
+                     *GAINED.values()], rows)
+
+ARMS = [(1.0, 64, "plain", ["photographs"]),
+        (0.0, 64, "plain", ["photographs"])]
+FILES_OF_ARMS = sorted({name for *_, names in ARMS for name in names})
 
 def imbalanced(names, methods):
     """A row per method, or for the mean of a group of methods, or for the difference of groups.
@@ -226,9 +241,8 @@ TABLES = {  # the table, and the files that it comes from
     "corner_ordinary": (corner_ordinary, ["corner_ordinary"]),
     "corner_mnist": (corner_mnist, ["corner_mnist"]),
     "rcdm": (rcdm, ["rcdm"]),
-    "photographs": (lambda: prior_table(["photographs"], ACCURACIES, PLAIN), ["photographs"]),
-    "photographs_gains": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"]), PHOTOGRAPHS),
-    "photographs_balanced": (lambda: prior_table(PHOTOGRAPHS, GAINS, ["plain"], 0.0), PHOTOGRAPHS),
+    "photographs": (lambda: accuracies(["photographs"]), ["photographs"]),
+    "photographs_gains": (lambda: gains(ARMS), FILES_OF_ARMS),
     "imbalance_cifar10": (
         lambda: imbalanced(["imbalance_cifar10"],
                            ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE]),

@@ -70,24 +70,28 @@ def test_runs_of_which_prior_are_pooled(tmp_path, monkeypatch):
                 "prior_exponent": exponent, "loss": loss, "results": {"probe": probe}}
     first = [run(0, 0.0, "plain", 0.5), run(0, 0.25, "plain", 0.6), run(0, 1.0, "plain", 0.1),
              run(1, 0.0, "plain", 0.4), run(1, 0.25, "plain", 0.35), run(0, None, "random", 0.2),
-             run(0, 0.25, "plain", 0.9, data_exponent=0.0)]
+             run(0, 0.25, "plain", 0.9, data_exponent=0.0),
+             run(0, 0.0, "plain", 0.4, data_exponent=0.0)]
     second = [run(0, 0.0, loss, 0.5) for loss in ("plain", "relative", "any_order")]
     second.append(run(0, 0.25, "relative", 0.7))
     for name, runs in (("first", first), ("second", second)):
         make.path_of(name).write_text(json.dumps({"runs": runs}))
     losses = ("random", "plain", "relative", "any_order")
-    table = make.prior_table(["first", "second"], {"probe": "accuracy"}, losses)
+    table = make.accuracies(["first", "second"], {"probe": "accuracy"}, losses)
     assert table.splitlines()[2:] == [
         "| untrained encoder |  | 1 | 0.200 ± 0.000 |",
         "| PMSN | uniform | 2 | 0.450 ± 0.071 |",
         "| PMSN | exponent 0.25 | 2 | 0.475 ± 0.177 |",
         "| PMSN | exponent 1.0 | 1 | 0.100 ± 0.000 |",
         "| relative sharpening | exponent 0.25 | 1 | 0.700 ± 0.000 |"]
-    gains = make.prior_table(["first", "second"], make.GAINS, losses[1:]).splitlines()[2:]
-    assert [line.split(" | ")[:3] + [line.split(" | ")[5]] for line in gains] == [
-        ["| PMSN", "exponent 0.25", "2", "0.025 ± 0.106"],
-        ["| PMSN", "exponent 1.0", "1", "-0.400 ± 0.000"],
-        ["| relative sharpening", "exponent 0.25", "1", "0.200 ± 0.000"]]
+    table = make.gains([(1.0, 64, "plain", ["first"]), (0.0, 64, "plain", ["first"]),
+                        (1.0, 10, "relative", ["first", "second"])])
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [row[:5] + row[7:8] for row in rows] == [
+        ["long-tailed", "64", "PMSN", "0.25", "2", "0.025 ± 0.106"],
+        ["long-tailed", "64", "PMSN", "1.0", "1", "-0.400 ± 0.000"],
+        ["balanced", "64", "PMSN", "0.25", "1", "0.500 ± 0.000"],
+        ["long-tailed", "10", "relative sharpening", "0.25", "1", "0.200 ± 0.000"]]
 
 def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
     """One seed, by hand: SimCLR loses .1 and .3 of .4, MAE nothing and .1 of .2."""
