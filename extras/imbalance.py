@@ -22,14 +22,16 @@ patches and have a small vision transformer, and they use one of the two views. 
 own learning rate. So only drops can be compared between methods, and not accuracies. On the
 synthetic images only SimCLR, VICReg and SwAV learn the class in this time.
 
-More arms, with --methods: With one class per mini-batch, the statistics of BatchNorm come from one
-class. SimCLR-GroupNorm has no BatchNorm. PMSN (a steep prior in any order, see pmsn.in_order_of)
-and MSN-5 (five prototypes) do not force a mini-batch of one class onto many prototypes: do they
-lose less?
+More methods, with --methods: With one class per mini-batch, the statistics of BatchNorm come from
+one class. SimCLR-GroupNorm has no BatchNorm. PMSN (a steep prior in any order, see
+pmsn.in_order_of) and MSN-5 (five prototypes) do not force a mini-batch of one class onto many
+prototypes: do they lose less?
 
-With one class per mini-batch, successive steps of the optimizer see other classes, which can hurt
-any method. --accumulate 10 separates this from the volume term: each step takes the mean gradient
-of ten mini-batches, which together have many classes.
+With one class per mini-batch each step of the optimizer sees another class, which can hurt any
+method. --batch_size 40 --accumulate 10 takes this away: each step takes the mean gradient of ten
+mini-batches, which together have all classes, and are the same 400 images for any number of
+classes per mini-batch. What is lost then, is lost by what a mini-batch computes together: the
+volume term, and BatchNorm. (MAE has neither. There only random numbers differ.)
 
 --data is synthetic, CIFAR10, or a folder with train/<class> and test/<class>. --out gets
 results.json and imbalance.png. A run is in results.json as soon as it is done, and the same command
@@ -330,6 +332,42 @@ UNTRAINED = {"random ResNet": make_resnet, "random ViT/4": lambda: make_vit(4),
              "random ViT/8": lambda: make_vit(8), "raw pixels": lambda: None}
 
 # ---- Training: one loop for all methods ----------------------------------------------------------
+class BalancedSteps(torch.utils.data.Sampler):
+    """A batch_sampler: `accumulate` mini-batches in a row have equally many images of all classes.
+
+    Each of these mini-batches has `classes_per_batch` classes. For one seed the images of a step
+    are the same for any `classes_per_batch`. Only how they are divided differs. ValueError if they
+    cannot be divided equally.
+    """
+    def __init__(self, labels, batch_size, classes_per_batch, accumulate, seed):
+        num_classes = len(labels.unique())
+        if num_classes % classes_per_batch:
+            raise ValueError(f"{classes_per_batch} classes per mini-batch do not divide "
+                             f"{num_classes} classes")
+        groups = num_classes // classes_per_batch  # of classes that share mini-batches
+        if accumulate % groups or batch_size % classes_per_batch:
+            raise ValueError(f"{classes_per_batch} of {num_classes} classes per mini-batch need an "
+                             f"--accumulate that is a multiple of {groups}, and a --batch_size "
+                             f"that is a multiple of {classes_per_batch}")
+        self.labels, self.accumulate = labels, accumulate
+        self.shape = groups, classes_per_batch, accumulate // groups, -1
+        self.steps = pmsn.ClassBatchSampler(labels, batch_size * accumulate, num_classes, seed=seed)
+        self.classes_per_batch, self.set_epoch = classes_per_batch, self.steps.set_epoch
+
+    def __len__(self):
+        return len(self.steps) * self.accumulate
+
+    def __iter__(self):
+        for step in self.steps:
+            step = torch.tensor(step)
+            by_class = step[self.labels[step].argsort()].view(self.shape)
+            yield from by_class.transpose(1, 2).reshape(self.accumulate, -1).tolist()
+
+def make_sampler(labels, classes_per_batch, seed, args):
+    if args.accumulate == 1:
+        return pmsn.ClassBatchSampler(labels, args.batch_size, classes_per_batch, seed=seed)
+    return BalancedSteps(labels, args.batch_size, classes_per_batch, args.accumulate, seed)
+
 def warmup_cosine(step, steps):
     """The share of the learning rate: it rises over a tenth of the steps, then falls to zero."""
     rise = min(1.0, (step + 1) / (0.1 * steps))
@@ -427,8 +465,7 @@ def experiment(seed, name, classes_per_batch, args):
         torch.manual_seed(seed)
         encoder = UNTRAINED[name]()
     else:
-        sampler = pmsn.ClassBatchSampler(labels["class"], args.batch_size, classes_per_batch,
-                                         seed=seed)
+        sampler = make_sampler(labels["class"], classes_per_batch, seed, args)
         encoder = train(name, images, sampler, seed, args)
     return [{"seed": seed, "method": name, "classes_per_batch": classes_per_batch,
              "results": measure(encoder, *data)}]
@@ -541,18 +578,14 @@ def main(argv=None):
         if len(counts) == 1:
             raise ValueError(f"--classes_per_batch must be other than all {num_classes} classes")
         # Both trainings of a method must have the same number of steps.
-        steps = [len(pmsn.ClassBatchSampler(classes, args.batch_size, count)) for count in counts]
-        if steps[0] % args.accumulate:
-            raise ValueError(f"--accumulate {args.accumulate} does not divide the {steps[0]} "
-                             "mini-batches of an epoch")
+        steps = [len(make_sampler(classes, count, 0, args)) for count in counts]
         if len(set(steps)) > 1:
             raise ValueError(
                 f"{len(classes)} images give {steps} mini-batches of {counts} classes. Choose "
                 "--batch_size and --images such that it divides the images of each class")
     # A broken image can cause a SyntaxError.
     except (OSError, SyntaxError, RuntimeError, ValueError) as error:
-        parser.error("cannot start with this --data, --out or --batch_size: "
-                     + " ".join(str(error).split()))
+        parser.error(f"cannot start: {' '.join(str(error).split())}")
     jobs = [*itertools.product(args.seeds, args.methods, counts),
             *itertools.product(args.seeds, UNTRAINED, [num_classes])]
     config = {name: value for name, value in vars(args).items()

@@ -186,7 +186,8 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     monkeypatch.setattr(pmsn, "make_views", lambda crops, blur_p: crops)
     classes = torch.arange(200) % 10
     images = classes.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    args, sampler = SimpleNamespace(epochs=4, lr=0.1, accumulate=1), pmsn.ClassBatchSampler(classes, 20, 2)
+    args = SimpleNamespace(epochs=4, lr=0.1, accumulate=1)
+    sampler = pmsn.ClassBatchSampler(classes, 20, 2)
     torch.manual_seed(1)  # The seed of the run counts, and not this one.
     assert imbalance.train("SimCLR", images, sampler, 3, args) is recorder.encoder
     assert weight == [torch.randn(1, generator=torch.Generator().manual_seed(3))]
@@ -198,6 +199,35 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     moves = -np.diff(weights)[[0, 3, 20, 38]]
     assert moves.tolist() == pytest.approx([0.025, 0.1, 0.05, 0], rel=0.2, abs=0.001)
     assert re.findall(r"\d/\d", capsys.readouterr().out) == ["1/4", "2/4", "3/4", "4/4"]
+
+def test_accumulated_steps_have_the_same_images_for_any_number_of_classes():
+    """Ten mini-batches of 20 per step, with 1, 2 or 10 classes: counted by hand."""
+    classes, steps = torch.randperm(600) % 10, {}
+    for count in (1, 2, 10):
+        args = SimpleNamespace(batch_size=20, accumulate=10)
+        sampler = imbalance.make_sampler(classes, count, 4, args)
+        batches = []
+        for epoch in (1, 2):
+            sampler.set_epoch(epoch)
+            batches += list(sampler)
+        assert len(sampler) == 30 and len(batches) == 60
+        for batch in batches:
+            assert classes[batch].bincount(minlength=10).unique().tolist() in (
+                [20 // count], [0, 20 // count])
+            assert len(classes[batch].unique()) == count
+        steps[count] = [sorted(sum(batches[i:i + 10], [])) for i in range(0, 60, 10)]
+        assert all(classes[step].bincount().tolist() == [20] * 10 for step in steps[count])
+        assert len(set(sum(steps[count][:3], []))) == 600  # an epoch has every image once
+    assert steps[1] == steps[2] == steps[10] and steps[1][0] != steps[1][3]
+
+@pytest.mark.parametrize("batch_size, count, accumulate, message", [
+    (20, 3, 10, "3 classes per mini-batch do not divide 10 classes"),
+    (20, 1, 4, "multiple of 10, and"), (15, 1, 10, "--batch_size that is a multiple of 10$")])
+def test_steps_that_cannot_be_divided(batch_size, count, accumulate, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        imbalance.main(["--batch_size", str(batch_size), "--classes_per_batch", str(count),
+                        "--accumulate", str(accumulate), "--out", str(tmp_path)])
+    assert re.search(message, capsys.readouterr().err.strip())
 
 def test_batch_norm_is_measured_with_balanced_classes():
     """Class 1 is brighter. Statistics of one class in training must not matter in the test.
@@ -323,7 +353,8 @@ def test_msn_is_tested_with_its_target_and_pmsn_has_any_order(name, any_order, m
         seen.append((self, options))
         return self.prototypes.sum(), {}
     monkeypatch.setattr(pmsn.PMSN, "forward", loss)
-    images, args = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), SimpleNamespace(epochs=1, lr=0.1, accumulate=1)
+    images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    args = SimpleNamespace(epochs=1, lr=0.1, accumulate=1)
     sampler = pmsn.ClassBatchSampler(torch.arange(20) % 2, 10, 2)
     encoder = imbalance.train(name, images, sampler, 0, args)
     model, options = seen[-1]
