@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def parse(parser, argv):
 def run_in_processes(experiment, jobs, args, keep=lambda *_: None):
     """The results of experiment(*job, args) for all jobs, by `args.workers` processes.
 
-    keep(job, result, seconds) is called as soon as a job is done.
+    keep(job, result, seconds) is called as soon as a job is done. UserError if a process is killed.
     """
     began = time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -55,6 +56,9 @@ def run_in_processes(experiment, jobs, args, keep=lambda *_: None):
                 keep(futures[future], *future.result())
                 left = (time.time() - began) * (len(jobs) / done - 1)
                 print(f"{done} of {len(jobs)} runs done, about {left:.0f} s left", flush=True)
+        except BrokenProcessPool:
+            raise UserError("a process was killed, perhaps because the memory was full: use fewer "
+                            "--workers") from None
         except BaseException:  # an error, or KeyboardInterrupt
             for process in multiprocessing.active_children():
                 process.kill()
@@ -163,7 +167,7 @@ def save(content, path):
 def summarize(runs, key):
     """{key(run): {"n": number of seeds, name of a result: {"mean": mean, "std": spread}}}.
 
-    A result that is missing for one of the seeds is left out.
+    A result that is missing for one of the seeds is left out. The spread of one seed is NaN.
     """
     groups, summary = {}, {}
     for run in runs:
@@ -173,7 +177,7 @@ def summarize(runs, key):
         for name in results[0]:
             if all(name in result for result in results):
                 values = [result[name] for result in results]
-                spread = np.std(values, ddof=min(1, len(values) - 1))
+                spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
                 row[name] = {"mean": np.mean(values), "std": spread}
     return summary
 
@@ -181,5 +185,8 @@ def number_of_seeds(summary):
     return next(iter(summary.values()))["n"]
 
 def cell(row, name):
-    """A result in a table, or a dash if `summarize` has left it out."""
-    return "{mean:.3f} ± {std:.3f}".format(**row[name]) if name in row else "-"
+    """A result in a table, or a dash if `summarize` has left it out. One seed has no spread."""
+    if name not in row:
+        return "-"
+    mean, std = row[name]["mean"], row[name]["std"]
+    return f"{mean:.3f}" if math.isnan(std) else f"{mean:.3f} ± {std:.3f}"

@@ -47,7 +47,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 
 import pmsn
-from experiments import (Figure, cell, finite, made_by, number, number_of_seeds, parse,
+from experiments import (Figure, UserError, cell, finite, made_by, number, number_of_seeds, parse,
                          print_any_text, run_in_processes, save, summarize)
 import matplotlib  # after train_inat, which experiments.py imports: see there
 
@@ -583,7 +583,10 @@ def main(argv=None):
           f"First part: {windows}, for each prior. Second part: the winner for each prior\n"
           "seed long-tailed    part epoch   left   losses", flush=True)
     maker = made_by()
-    found = run_in_processes(experiment, jobs, args)
+    try:
+        found = run_in_processes(experiment, jobs, args)
+    except UserError as error:
+        parser.error(str(error))
     records = sum((records for records, _ in found), [])
     config = {**vars(args), **settings}
     config["references"] = [{"of_classes": of_classes, "of_prior": of_prior, **losses}

@@ -35,7 +35,7 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
-from experiments import (Figure, cell, finite, made_by, number, number_of_seeds, parse,
+from experiments import (Figure, UserError, cell, finite, made_by, number, number_of_seeds, parse,
                          print_any_text, run_in_processes, save, summarize)
 from mnist_corner import DIM, EXPONENT, LABELS, model_path, purity
 
@@ -326,7 +326,10 @@ def main(argv=None):
 
     print("seed exponent   step     loss    left", flush=True)
     began, maker = time.time(), made_by()
-    found = run_in_processes(experiment, jobs, args)
+    try:
+        found = run_in_processes(experiment, jobs, args)
+    except UserError as error:
+        parser.error(str(error))
     runs = [run for run, _ in found]
     summary = summarize(runs, key=lambda run: run["exponent"])
     save({"config": vars(args), "made_by": [maker], "seconds": round(time.time() - began),

@@ -208,6 +208,8 @@ def train(models, data, args, title):
     """Train all models on the same batches and views. model.terms are means over the last epoch."""
     count = len(data.labels)
     steps_per_epoch = count // BATCH_SIZE
+    if steps_per_epoch == 0:
+        raise UserError(f"{count} images are less than one mini-batch of {BATCH_SIZE}")
     steps, began = args.epochs * steps_per_epoch, time.time()
     for epoch in range(args.epochs):
         for model in models:

@@ -8,6 +8,7 @@ stands in a README between the comments <!-- table: NAME --> and <!-- end -->. A
 hash of the file of results that its run wrote. The tests compare all of this.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -193,8 +194,9 @@ def gains(arms):
     """
     rows = []
     for data_exponent, prototypes, loss, names in arms:
+        kind = (data_exponent, 0.0, loss)
         runs = [run for run in pooled(names) if run["prior_exponent"]
-                and (run["data_exponent"], run["loss"]) == (data_exponent, loss)]
+                and (run["data_exponent"], run["contrast"], run["loss"]) == kind]
         for exponent, row in sorted(summarize(runs, lambda run: run["prior_exponent"]).items()):
             rows.append(["long-tailed" if data_exponent else "balanced", str(prototypes),
                          LOSS_NAMES[loss], str(exponent), str(row["n"]),
@@ -209,20 +211,24 @@ FILES_OF_ARMS = sorted({name for *_, names in ARMS for name in names})
 def imbalanced(names, methods):
     """A row per method, or for the mean of a group of methods, or for the difference of groups.
 
-    A drop compares two runs of the same file, because another file can have other settings.
+    A drop compares two runs of the same file, because another file can have other settings. So a
+    method must be in one of the files only.
     """
     runs = []
     for name in names:
         of_file = load(name)["runs"]
         num_classes = max(run["classes_per_batch"] for run in of_file)
         learned = imbalance.add_drops(of_file, num_classes)
-        runs += of_file + imbalance.group_drops(of_file, learned)
+        of_file += imbalance.group_drops(of_file, learned)
+        of_file = [run for run in of_file if run["method"] in methods]
+        assert not {run["method"] for run in of_file} & {run["method"] for run in runs}
+        runs += of_file
     summary = summarize(runs, key=lambda run: (run["method"], run["classes_per_batch"]))
     columns = {(num_classes, "class"): "class", (2, "drop_class"): "drop, two classes",
                (1, "drop_class"): "drop, one class", (1, "drop_share"): "share of what was learned",
                (1, "drop_knn"): "k-NN", (1, "drop_luminance"): "luminance",
                (1, "drop_color"): "color", (1, "drop_orientation"): "orientation"}
-    counts = {count for method, count in summary if method in methods}
+    counts = {count for _, count in summary}
     columns = {column: title for column, title in columns.items() if column[0] in counts}
     rows = [[method, *(cell(summary.get((method, count), {}), name) for count, name in columns)]
             for method in methods]
@@ -280,11 +286,17 @@ def with_tables(text):
 
     return re.sub("<!-- table: (\\w+) -->.*?<!-- end -->", write, text, flags=re.DOTALL)
 
-def main(name=None, run=None):
-    if name:
-        take(name, Path(run))
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("name", nargs="?", help="of a file of results, without .json")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, from which to take it")
+    args = parser.parse_args(argv)
+    if args.name:
+        if args.run is None or len(list(args.run.glob("*.json"))) != 1:
+            parser.error(f"{args.name} must be followed by a folder with one file of results")
+        take(args.name, args.run)
     for readme in READMES:
         readme.write_text(with_tables(readme.read_text()))
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -24,11 +25,13 @@ def git(folder, *words):
                    check=True, capture_output=True)
 
 def experiment(seed, name, args):
-    """Two runs with the seed as a result. The seed 13 fails."""
+    """Two runs with the seed as a result. The seed 13 fails, and 14 is killed."""
     with open(args.out / CALLS, "a") as file:
         file.write(f"{seed} {name}\n")
     if seed == 13:
         raise ValueError("bad luck")
+    if seed == 14:
+        os.kill(os.getpid(), signal.SIGKILL)  # as Linux does when the memory is full
     return [{"name": f"{name}{i}", "results": {"seed": seed}} for i in range(2)]
 
 def test_finished_jobs_are_kept_and_not_repeated(tmp_path, monkeypatch):
@@ -47,6 +50,9 @@ def test_finished_jobs_are_kept_and_not_repeated(tmp_path, monkeypatch):
     assert calls()[:2] == ["1 a", "13 a"]  # The third job may begin before the error is known.
     assert [run["name"] for run in json.loads(path.read_text())["runs"]] == ["a0", "a1"]
     monkeypatch.setattr(sys, "argv", ["another command"])
+    with pytest.raises(experiments.UserError, match="the memory was full"):
+        run((1, "a"), (14, "a"))
+    assert calls() == ["14 a"]
     found = run((2, "a"), (1, "a"), (1, "b"))
     commands = [maker["command"].split()[-1] for maker in json.loads(path.read_text())["made_by"]]
     assert [run["made_by"] for run in found] == [1, 1, 0, 0, 1, 1] and len(commands) == 2
@@ -119,8 +125,9 @@ def test_means_and_spreads_leave_out_what_is_missing_for_a_seed():
     runs = [{"exponent": 1.0, "results": experiments.finite(x)} for x in (both, one)]
     runs.append({"exponent": 0.0, "results": {"digit": 5.0}})
     summary = experiments.summarize(runs, key=lambda run: run["exponent"])
-    assert summary == {1.0: {"n": 2, "digit": {"mean": 2.0, "std": pytest.approx(2**0.5)}},
-                       0.0: {"n": 1, "digit": {"mean": 5.0, "std": 0.0}}}
+    assert summary[1.0] == {"n": 2, "digit": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
+    assert summary[0.0]["n"] == 1 and math.isnan(summary[0.0]["digit"]["std"])
     assert experiments.number_of_seeds(summary) == 2
     assert experiments.cell(summary[1.0], "digit") == "2.000 ± 1.414"
     assert experiments.cell(summary[1.0], "background") == "-"
+    assert experiments.cell(summary[0.0], "digit") == "5.000"

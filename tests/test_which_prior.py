@@ -243,3 +243,9 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
                                        atol=1e-7, msg=name)
     assert models[0].terms["cross_entropy"] == pytest.approx(sum(terms[3:]) / 3, rel=1e-4)
     assert models[1].terms == {} and capsys.readouterr().out.count("\n") == 2
+
+def test_too_few_images_are_an_error():
+    """Rounding of the class sizes can leave less than a mini-batch. Nothing would be trained."""
+    data = SimpleNamespace(labels=torch.zeros(255))
+    with pytest.raises(which_prior.UserError, match="255 images are less than one mini-batch"):
+        which_prior.train([], data, SimpleNamespace(epochs=1), "")
