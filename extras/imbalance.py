@@ -585,7 +585,8 @@ def main(argv=None):
                 "--batch_size and --images such that it divides the images of each class")
     # A broken image can cause a SyntaxError.
     except (OSError, SyntaxError, RuntimeError, ValueError) as error:
-        parser.error(f"cannot start: {' '.join(str(error).split())}")
+        parser.error("cannot start with this --data, --out, --images, --batch_size or "
+                     f"--accumulate: {' '.join(str(error).split())}")
     jobs = [*itertools.product(args.seeds, args.methods, counts),
             *itertools.product(args.seeds, UNTRAINED, [num_classes])]
     config = {name: value for name, value in vars(args).items()

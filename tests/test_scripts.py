@@ -146,7 +146,7 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (which_prior, "--contrasts .7 .70", "--contrasts: 0.7 is given twice"),
     (which_prior, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
-    (imbalance, "--images 100", "--data, --out or --batch_size: "),
+    (imbalance, "--images 100", "--images, --batch_size or --accumulate: 25 images of"),
     (imbalance, "--images 4000", "4000 images give [16, 10] mini-batches of [10, 1] classes"),
     (imbalance, "--classes_per_batch 10", "must be other than all 10 classes"),
     (imbalance, "--quick --lr 1e9", "the loss of SimCLR is not finite in epoch 1: try a lower"),
