@@ -363,7 +363,7 @@ def plot(summary, path):
         ax.axvline(kind[0], color="gray", alpha=0.3)
         best = max((arm for arm in arms if arm[0] is not None), key=lambda arm: arms[arm]["mean"])
         gain = f"gains {cell(rows_of[best], 'gain_balanced_probe')}" if best[0] else "is best"
-        ax.set_title(f"{name_of(kind)}: exponent {best[0]:g} {gain}", fontsize="medium")
+        ax.set_title(f"{name_of(kind)}: {best[1]}, exponent {best[0]:g} {gain}", fontsize="medium")
     axes[0, 0].legend(fontsize="small")
     figure.suptitle("Which prior gives the best features, and what does it gain over the uniform "
                     "one?\n(vertical line: the exponent of the classes; bars: standard deviation, "
