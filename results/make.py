@@ -208,7 +208,7 @@ ARMS = [(1.0, 64, "plain", ["photographs"]),
         (0.0, 64, "plain", ["photographs"])]
 FILES_OF_ARMS = sorted({name for *_, names in ARMS for name in names})
 
-def imbalanced(names, methods):
+def imbalanced(names, methods, two_classes=False):
     """A row per method, or for the mean of a group of methods, or for the difference of groups.
 
     A drop compares two runs of the same file, because another file can have other settings. So a
@@ -224,12 +224,11 @@ def imbalanced(names, methods):
         assert not {run["method"] for run in of_file} & {run["method"] for run in runs}
         runs += of_file
     summary = summarize(runs, key=lambda run: (run["method"], run["classes_per_batch"]))
-    columns = {(num_classes, "class"): "class", (2, "drop_class"): "drop, two classes",
+    columns = {(num_classes, "class"): "class",
+               **({(2, "drop_class"): "drop, two classes"} if two_classes else {}),
                (1, "drop_class"): "drop, one class", (1, "drop_share"): "share of what was learned",
                (1, "drop_knn"): "k-NN", (1, "drop_luminance"): "luminance",
                (1, "drop_color"): "color", (1, "drop_orientation"): "orientation"}
-    counts = {count for _, count in summary}
-    columns = {column: title for column, title in columns.items() if column[0] in counts}
     rows = [[method, *(cell(summary.get((method, count), {}), name) for count, name in columns)]
             for method in methods]
     return markdown(["", *columns.values()], rows)
@@ -251,8 +250,13 @@ TABLES = {  # the table, and the files that it comes from
     "photographs_gains": (lambda: gains(ARMS), FILES_OF_ARMS),
     "imbalance_cifar10": (
         lambda: imbalanced(["imbalance_cifar10"],
-                           ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE]),
+                           ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE],
+                           two_classes=True),
         ["imbalance_cifar10"]),
+    "imbalance_more": (
+        lambda: imbalanced(["imbalance_cifar10", "imbalance_more"],
+                           ["SimCLR", "SimCLR-GroupNorm", "MSN", "MSN-5", "PMSN"]),
+        ["imbalance_more"]),
 }
 
 def about(names):
