@@ -257,6 +257,9 @@ TABLES = {  # the table, and the files that it comes from
         lambda: imbalanced(["imbalance_cifar10", "imbalance_more"],
                            ["SimCLR", "SimCLR-GroupNorm", "MSN", "MSN-5", "PMSN"]),
         ["imbalance_more"]),
+    "imbalance_accumulated": (
+        lambda: imbalanced(["imbalance_accumulated"], ["SimCLR", "SimCLR-GroupNorm", "VICReg"]),
+        ["imbalance_accumulated"]),
 }
 
 def about(names):
