@@ -205,6 +205,8 @@ def gains(arms):
                      *GAINED.values()], rows)
 
 ARMS = [(1.0, 64, "plain", ["photographs"]),
+        (1.0, 64, "relative", ["photographs_losses"]),
+        (1.0, 64, "any_order", ["photographs_losses"]),
         (0.0, 64, "plain", ["photographs"])]
 FILES_OF_ARMS = sorted({name for *_, names in ARMS for name in names})
 
