@@ -31,7 +31,6 @@ FIGURES = {
     "kmeans": {"kmeans.png": "kmeans.png", "hidden_prior.png": "hidden_prior.png"},
     "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
     "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
-    "letters": {"which_prior.png": "letters.png"},
     "photographs": {"which_prior.png": "photographs.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
 }
@@ -177,37 +176,42 @@ def pooled(names):
 
 def accuracies(names, columns=ACCURACIES, losses=("random", "plain", "supervised"), contrast=0.0):
     """A row per loss and prior, on long-tailed images."""
-    runs = [run for run in pooled(names) if run["loss"] in losses
-            and (run["data_exponent"], run["contrast"]) == (1.0, contrast)]
-    summary = summarize(runs, key=lambda run: (run["loss"], run["prior_exponent"]))
-    rows = [[LOSS_NAMES.get(loss, loss), PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
-             str(row["n"]), *(cell(row, name) for name in columns)]
-            for loss in losses
-            for (loss_of_row, exponent), row in sorted(summary.items(), key=str)
-            if loss_of_row == loss]
+    rows = []
+    for loss in losses:
+        for exponent, row in by_exponent(pooled(names), 1.0, contrast, loss):
+            prior = PRIOR_NAMES.get(exponent, f"exponent {exponent}")
+            rows.append([LOSS_NAMES.get(loss, loss), prior, str(row["n"]),
+                         *(cell(row, name) for name in columns)])
     return markdown(["", "prior", "n", *columns.values()], rows)
 
 def gains(arms):
     """What priors gain over the uniform one with the same seed, images, prototypes and loss.
 
-    `arms` has a line per group of rows: images, prototypes, loss, and the files of these runs.
+    `arms` has a line per group of rows: the exponent of the images, the loss, and the files of
+    these runs, which have the same number of prototypes.
     """
     rows = []
-    for data_exponent, prototypes, loss, names in arms:
-        kind = (data_exponent, 0.0, loss)
-        runs = [run for run in pooled(names) if run["prior_exponent"]
-                and (run["data_exponent"], run["contrast"], run["loss"]) == kind]
-        for exponent, row in sorted(summarize(runs, lambda run: run["prior_exponent"]).items()):
-            rows.append(["long-tailed" if data_exponent else "balanced", str(prototypes),
-                         LOSS_NAMES[loss], str(exponent), str(row["n"]),
-                         *(cell(row, f"gain_{name}") for name in GAINED)])
+    for data_exponent, loss, names in arms:
+        prototypes, = {load(name)["config"]["prototypes"] for name in names}
+        for exponent, row in by_exponent(pooled(names), data_exponent, 0.0, loss):
+            if exponent > 0:
+                rows.append(["long-tailed" if data_exponent else "balanced", str(prototypes),
+                             LOSS_NAMES[loss], str(exponent), str(row["n"]),
+                             *(cell(row, f"gain_{name}") for name in GAINED)])
     return markdown(["images", "prototypes", "loss", "exponent of the prior", "n",
                      *GAINED.values()], rows)
 
-ARMS = [(1.0, 64, "plain", ["photographs"]),
-        (1.0, 64, "relative", ["photographs_losses"]),
-        (1.0, 64, "any_order", ["photographs_losses"]),
-        (0.0, 64, "plain", ["photographs"])]
+def by_exponent(runs, data_exponent, contrast, loss):
+    """(exponent of the prior, its row of `summarize`) for these images and this loss, in order."""
+    kind = (data_exponent, contrast, loss)
+    chosen = [run for run in runs
+              if (run["data_exponent"], run["contrast"], run["loss"]) == kind]
+    return sorted(summarize(chosen, key=lambda run: run["prior_exponent"]).items())
+
+ARMS = [(1.0, "plain", ["photographs"]),
+        (1.0, "relative", ["photographs_losses"]),
+        (1.0, "any_order", ["photographs_losses"]),
+        (0.0, "plain", ["photographs"])]
 FILES_OF_ARMS = sorted({name for *_, names in ARMS for name in names})
 
 def imbalanced(names, methods, two_classes=False):

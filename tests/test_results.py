@@ -76,8 +76,9 @@ def test_runs_of_which_prior_are_pooled(tmp_path, monkeypatch):
              run(0, 0.0, "plain", 0.4, data_exponent=0.0)]
     second = [run(0, 0.0, loss, 0.5) for loss in ("plain", "relative", "any_order")]
     second.append(run(0, 0.25, "relative", 0.7))
-    for name, runs in (("first", first), ("second", second)):
-        make.path_of(name).write_text(json.dumps({"runs": runs}))
+    for name, prototypes, runs in (("first", 64, first), ("second", 10, second)):
+        content = {"config": {"prototypes": prototypes}, "runs": runs}
+        make.path_of(name).write_text(json.dumps(content))
     losses = ("random", "plain", "relative", "any_order")
     table = make.accuracies(["first", "second"], {"probe": "accuracy"}, losses)
     assert table.splitlines()[2:] == [
@@ -86,8 +87,8 @@ def test_runs_of_which_prior_are_pooled(tmp_path, monkeypatch):
         "| PMSN | exponent 0.25 | 2 | 0.475 ± 0.177 |",
         "| PMSN | exponent 1.0 | 1 | 0.100 |",
         "| relative sharpening | exponent 0.25 | 1 | 0.700 |"]
-    table = make.gains([(1.0, 64, "plain", ["first"]), (0.0, 64, "plain", ["first"]),
-                        (1.0, 10, "relative", ["first", "second"])])
+    table = make.gains([(1.0, "plain", ["first"]), (0.0, "plain", ["first"]),
+                        (1.0, "relative", ["second"])])
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert [row[:5] + row[7:8] for row in rows] == [
         ["long-tailed", "64", "PMSN", "0.25", "2", "0.025 ± 0.106"],
