@@ -21,6 +21,10 @@ long-tailed as in the paper, `balanced_knn` and `balanced_probe` from balanced i
 tested in bold slanted fonts that no training image has. A supervised model and an untrained encoder
 show how much there is to learn.
 
+Perhaps training does not find the classes, although the loss would prefer them. With --from_labels
+it starts there: first labels train a network with one prototype per class, and then each prior
+continues from it without labels. Does the prior of the classes keep them?
+
     python extras/which_prior.py              # letters, few priors, two losses, 8 minutes
     python extras/which_prior.py --map --seeds 0 1 2    # the whole map, 80 minutes
     python extras/which_prior.py --data CIFAR10 --contrasts 0   # photographs, 17 minutes
@@ -28,8 +32,9 @@ show how much there is to learn.
 
 --out gets which_prior.json and which_prior.png. The models of one seed and one kind of data are in
 which_prior.json as soon as they are done, and the same command continues from there.
-Not in the paper: these images, the small encoders, no masking and one anchor per image, schedules
-for sharpening and target network (for letters), and all losses but the plain one.
+Not in the paper: these images, the small encoders, a head with one layer (and BatchNorm), no masking
+and one anchor per image, schedules for sharpening and target network (for letters), and all losses
+but the plain one.
 """
 
 import argparse
@@ -189,7 +194,10 @@ def make_models(seed, args):
         torch.manual_seed(seed)
         encoder = tested_encoder = make_encoder_for(args)
         if loss == "supervised":  # shows how much there is to learn, with labels
-            network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
+            if args.from_labels:
+                network = ClassPrototypes(make_model(encoder, args.prototypes, 0.0, dim=64))
+            else:
+                network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
         else:
             options["prior_weight"] = args.prior_weight
             network = make_model(encoder, args.prototypes, exponent, dim=64)
@@ -203,6 +211,30 @@ def make_models(seed, args):
 
 def make_encoder_for(args):
     return make_encoder(SIZE) if args.data == "letters" else make_resnet()
+
+class ClassPrototypes(nn.Module):
+    """A supervised classifier: a PMSN whose prototype k stands for class k.
+
+    Class 0 is the most frequent one, and prototype 0 has the largest share of a power law.
+    """
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, view):
+        """(B, K), log-probabilities of the classes"""
+        embeddings = self.network.head(self.network.encoder(view))
+        return pmsn.log_predictions(embeddings, self.network.prototypes, temperature=0.1)
+
+def start_from_labels(models, data, args, title):
+    """Train the last model, which is the supervised one, and let the others start from it."""
+    *others, supervised = models
+    train([supervised], data, args, title)
+    supervised.network = start = supervised.network.network
+    start.update_target(0.0)  # The target network becomes equal to the anchor network.
+    for model in others:
+        model.network.load_state_dict({**start.state_dict(), "prior": model.network.prior})
+    return others
 
 def train(models, data, args, title):
     """Train all models on the same batches and views. model.terms are means over the last epoch."""
@@ -312,7 +344,9 @@ def experiment(seed, data_exponent, contrast, args):
     untrained = SimpleNamespace(exponent=None, losses=["random"], network=None,
                                 tested_encoder=make_encoder_for(args), terms={})
     torch.manual_seed(seed)  # The views do not depend on which models there are.
-    train(models, sets[0], args, f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}")
+    title = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
+    unlabeled = start_from_labels(models, sets[0], args, title) if args.from_labels else models
+    train(unlabeled, sets[0], args, title)
     found = []
     for model in [untrained, *models]:
         results = finite({**model.terms, **measure(model, sets, views, args.classes)})
@@ -397,6 +431,7 @@ def main(argv=None):
     add("--images", type=number(int, 256), help="to train on (letters: 16,000, photographs: 5,800)")
     add("--epochs", type=number(int, 1), help="of training (letters: 10, photographs: 20)")
     add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--from_labels", action="store_true", help="start where labels lead")
     add("--quick", action="store_true", help="few images and models, in half a minute")
     args = parse(parser, argv)
     if args.map:
@@ -425,6 +460,8 @@ def main(argv=None):
     # A broken image can cause a SyntaxError.
     except (OSError, SyntaxError, RuntimeError, ValueError) as error:
         parser.error(f"cannot load --data or write to --out: {' '.join(str(error).split())}")
+    if args.from_labels and args.prototypes != args.classes:
+        parser.error(f"--from_labels needs one prototype per class: --prototypes {args.classes}")
 
     print("seed     data  contrast epoch    left", flush=True)
     began = time.time()

@@ -105,7 +105,7 @@ def test_a_measure_without_a_value_is_left_out(monkeypatch):
     monkeypatch.setattr(which_prior, "train", lambda *_: None)
     monkeypatch.setattr(which_prior, "make_models", lambda seed, args: [])
     monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
-    args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1)
+    args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1, from_labels=False)
     (untrained,) = which_prior.experiment(0, 1.0, 0.0, args)
     assert untrained["results"] == {"knn": 0.5}
 
@@ -141,6 +141,9 @@ def test_photographs_end_to_end(tmp_path, capsys):
         which_prior.main([*options, "--images", "600"])
     assert "needs 327 images of the most frequent class, and there are 200" in (
         capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        which_prior.main([*options, "--images", "300", "--from_labels"])
+    assert "needs one prototype per class: --prototypes 3" in capsys.readouterr().err
     which_prior.main([*options, "--images", "300"])
     runs = json.loads((tmp_path / "out/which_prior.json").read_text())["runs"]
     assert [(run["prior_exponent"], run["loss"]) for run in runs] == [
@@ -148,10 +151,16 @@ def test_photographs_end_to_end(tmp_path, capsys):
         (None, "supervised")]
     assert runs[1]["results"] == runs[2]["results"] != runs[3]["results"]
     assert runs[-1]["results"]["balanced_probe"] > 0.9  # Colors are easy.
+    which_prior.main([*options, "--images", "300", "--from_labels", "--prototypes", "3",
+                      "--epochs", "4", "--out", str(tmp_path / "labels")])
+    runs = json.loads((tmp_path / "labels/which_prior.json").read_text())["runs"]
+    purity = [run["results"].get("purity") for run in runs]
+    assert purity[0] is None and all(value > 0.9 for value in purity[1:])
 
 def test_all_arms_start_equal_and_the_target_network_is_tested():
     args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain", "relative", "any_order"],
-                           data="photographs", classes=3, prototypes=6, prior_weight=1.0)
+                           data="photographs", classes=3, prototypes=6, prior_weight=1.0,
+                           from_labels=False)
     runs = which_prior.make_models(5, args)
     assert [(run.exponent, run.losses) for run in runs] == [
         (0, ["plain", "relative", "any_order"]), (1, ["plain"]), (1, ["relative"]),
@@ -195,7 +204,7 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
     """PMSN and a supervised network, two epochs of three steps, written out for each of them."""
     monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
     args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data=name, classes=3,
-                           prototypes=5, prior_weight=2.0, epochs=2)
+                           prototypes=5, prior_weight=2.0, epochs=2, from_labels=False)
     channels = 1 if name == "letters" else 3
     models, data = which_prior.make_models(0, args), FixedViews(channels)
     twins = which_prior.make_models(0, args)
@@ -243,6 +252,33 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
                                        atol=1e-7, msg=name)
     assert models[0].terms["cross_entropy"] == pytest.approx(sum(terms[3:]) / 3, rel=1e-4)
     assert models[1].terms == {} and capsys.readouterr().out.count("\n") == 2
+
+def test_all_priors_start_from_the_same_supervised_network(capsys, monkeypatch):
+    """It classifies by its prototypes, and each prior gets its weights, target network included."""
+    monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
+    args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain"], data="CIFAR10", classes=3,
+                           prototypes=3, prior_weight=1.0, epochs=20, from_labels=True)
+    models, data = which_prior.make_models(0, args), FixedViews(3)
+    before = models[0].network.prototypes.clone()
+    unlabeled = which_prior.start_from_labels(models, data, args, "")
+    assert unlabeled == models[:2] and len(capsys.readouterr().out.splitlines()) == 20
+    start = models[2].network
+    assert models[2].tested_encoder is start.encoder and not torch.equal(start.prototypes, before)
+    for model, exponent in zip(unlabeled, (0, 1)):
+        network = model.network
+        torch.testing.assert_close(network.prior, pmsn.power_law_prior(3, exponent))
+        torch.testing.assert_close(network.prototypes, start.prototypes, rtol=0, atol=0)
+        for ours, theirs in (("encoder", "encoder"), ("target_encoder", "encoder"),
+                             ("head", "head"), ("target_head", "head")):
+            for mine, parameter in zip(getattr(network, ours).parameters(),
+                                       getattr(start, theirs).parameters(), strict=True):
+                torch.testing.assert_close(mine, parameter, rtol=0, atol=0)
+        # The nearest prototype is the class, for the target network too.
+        embeddings = network.target_head(network.target_encoder(data.images))
+        nearest = F.normalize(embeddings) @ F.normalize(network.prototypes).T
+        assert nearest.argmax(dim=1).tolist() == data.labels.tolist()
+        assert {id(x) for x in model.optimizer.param_groups[0]["params"]} >= {
+            id(network.prototypes), *map(id, network.encoder.parameters())}
 
 def test_too_few_images_are_an_error():
     """Rounding of the class sizes can leave less than a mini-batch. Nothing would be trained."""
