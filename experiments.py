@@ -189,4 +189,5 @@ def cell(row, name):
     if name not in row:
         return "-"
     mean, std = row[name]["mean"], row[name]["std"]
-    return f"{mean:.3f}" if math.isnan(std) else f"{mean:.3f} ± {std:.3f}"
+    digits = 3 if abs(mean) < 10 else 1
+    return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")

@@ -79,10 +79,11 @@ LOSSES = {  # options of the loss
     "both": {"relative_sharpening": True, "sinkhorn_iterations": 3},
     "any_order": {"any_order": True},
 }
-# What makes an arm: the kind of data, and the model
-ARM = ("data_exponent", "contrast", "prior_exponent", "loss")
+# What two runs have in common that differ in their seed only: the kind of data, and the model
+SETTING = ("data_exponent", "contrast", "prior_exponent", "loss")
 # Accuracies that are compared with the one of the uniform prior
-GAINS = ("knn", "knn_tail", "probe", "probe_tail", "balanced_knn", "balanced_probe")
+GAINS = ("knn", "probe", "balanced_knn", "balanced_probe", "balanced_probe_head",
+         "balanced_probe_middle", "balanced_probe_tail")
 
 # ---- Data ----------------------------------------------------------------------------------------
 class Letters:
@@ -474,7 +475,7 @@ def main(argv=None):
     except (OSError, UserError) as error:
         parser.error(str(error))
     add_gains(runs)
-    summary = summarize(runs, key=lambda run: tuple(run[name] for name in ARM))
+    summary = summarize(runs, key=lambda run: tuple(run[name] for name in SETTING))
     print(f"\nmean ± std over n = {number_of_seeds(summary)} seeds")
     columns = ["knn", "probe", "balanced_knn", "balanced_probe", "same_background",
                *(f"gain_{name}" for name in GAINS)]

@@ -155,64 +155,79 @@ def rcdm():
 
 PRIOR_NAMES = {None: "", 0.0: "uniform"}
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
-              "any_order": "any order"}
-GAINED = {"balanced_probe": "probe, balanced labels", "balanced_knn": "k-NN, balanced labels",
-          "probe": "probe", "probe_tail": "its tail"}
-ACCURACIES = {**GAINED, "knn": "k-NN", "knn_tail": "its tail"}
+              "any_order": "any order", "both": "relative sharpening, Sinkhorn"}
+ACCURACIES = {"balanced_probe": "probe, balanced labels", "balanced_probe_tail": "its tail",
+              "balanced_knn": "k-NN, balanced labels", "probe": "probe"}
+PREDICTIONS = {"prior_kl": "KL to the prior", "effective_prototypes": "effective prototypes",
+               "prototypes_per_view": "prototypes per view"}
 
-def pooled(names):
-    """Runs of which_prior.py from several files, with what they gain over the uniform prior.
-
-    The same model can be in two files, and counts once. The uniform prior is one model for the
-    losses plain, relative and any_order, and stands as "plain" here.
-    """
-    runs = [run for name in names for run in load(name)["runs"]]
-    which_prior.add_gains(runs)
-    models = {}
-    for run in runs:
-        if not (run["prior_exponent"] == 0 and run["loss"] in ("relative", "any_order")):
-            models.setdefault(tuple(run[name] for name in ("seed", *which_prior.ARM)), run)
-    return list(models.values())
-
-def accuracies(names, columns=ACCURACIES, losses=("random", "plain", "supervised"), contrast=0.0):
+def accuracies(name, columns, losses=("random", "plain", "supervised"), contrast=0.0):
     """A row per loss and prior, on long-tailed images."""
     rows = []
     for loss in losses:
-        for exponent, row in by_exponent(pooled(names), 1.0, contrast, loss):
+        for exponent, row in by_exponent(load(name)["runs"], 1.0, contrast, loss):
             prior = PRIOR_NAMES.get(exponent, f"exponent {exponent}")
-            rows.append([LOSS_NAMES.get(loss, loss), prior, str(row["n"]),
-                         *(cell(row, name) for name in columns)])
-    return markdown(["", "prior", "n", *columns.values()], rows)
+            rows.append([LOSS_NAMES.get(loss, loss), prior,
+                         *(cell(row, column) for column in columns)])
+    return markdown(["", "prior", *columns.values()], rows)
 
-def gains(arms):
-    """What priors gain over the uniform one with the same seed, images, prototypes and loss.
+def gains(lines, exponents):
+    """What priors gain over the uniform one with the same seed, in the probe with balanced labels.
 
-    `arms` has a line per group of rows: the exponent of the images, the loss, and the files of
-    these runs, which have the same number of prototypes.
+    A row per line, which has the exponent of the images, the loss, and the files of these runs. They
+    have the same number of prototypes and different seeds. A column per exponent of the prior.
     """
     rows = []
-    for data_exponent, loss, names in arms:
-        prototypes, = {load(name)["config"]["prototypes"] for name in names}
-        for exponent, row in by_exponent(pooled(names), data_exponent, 0.0, loss):
-            if exponent > 0:
-                rows.append(["long-tailed" if data_exponent else "balanced", str(prototypes),
-                             LOSS_NAMES[loss], str(exponent), str(row["n"]),
-                             *(cell(row, f"gain_{name}") for name in GAINED)])
-    return markdown(["images", "prototypes", "loss", "exponent of the prior", "n",
-                     *GAINED.values()], rows)
+    for data_exponent, loss, names in lines:
+        prototypes, found = gained(data_exponent, loss, names)
+        cells = [f"{cell(found[exponent], 'gain_balanced_probe')} (n = {found[exponent]['n']})"
+                 if exponent in found else "" for exponent in exponents]
+        rows.append([images_with(data_exponent), str(prototypes), LOSS_NAMES[loss], *cells])
+    return markdown(["images", "prototypes", "loss", *(f"exponent {x}" for x in exponents)], rows)
+
+def gains_by_measure(lines, exponent):
+    """The same for one exponent of the prior, and a column per way to measure."""
+    columns = {"balanced_probe": "probe, balanced labels", "balanced_probe_head": "its head",
+               "balanced_probe_middle": "its middle", "balanced_probe_tail": "its tail",
+               "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
+    rows = []
+    for data_exponent, loss, names in lines:
+        row = gained(data_exponent, loss, names)[1][exponent]
+        rows.append([images_with(data_exponent), str(row["n"]),
+                     *(cell(row, f"gain_{name}") for name in columns)])
+    return markdown(["images", "n", *columns.values()], rows)
+
+def gained(data_exponent, loss, names):
+    """The number of prototypes in these files, and {exponent: row of `summarize`}."""
+    prototypes, = {load(name)["config"]["prototypes"] for name in names}
+    runs = [run for name in names for run in load(name)["runs"]]
+    which_prior.add_gains(runs)
+    return prototypes, dict(by_exponent(runs, data_exponent, 0.0, loss))
+
+def images_with(data_exponent):
+    return "long-tailed" if data_exponent else "balanced"
 
 def by_exponent(runs, data_exponent, contrast, loss):
-    """(exponent of the prior, its row of `summarize`) for these images and this loss, in order."""
+    """(exponent of the prior, its row of `summarize`) for these images and this loss, in order.
+
+    The uniform prior is one model for the losses plain, relative and any_order, and belongs to
+    "plain" here.
+    """
     kind = (data_exponent, contrast, loss)
     chosen = [run for run in runs
-              if (run["data_exponent"], run["contrast"], run["loss"]) == kind]
+              if (run["data_exponent"], run["contrast"], run["loss"]) == kind
+              and not (run["prior_exponent"] == 0 and loss in ("relative", "any_order"))]
     return sorted(summarize(chosen, key=lambda run: run["prior_exponent"]).items())
 
-ARMS = [(1.0, "plain", ["photographs"]),
-        (1.0, "relative", ["photographs_losses"]),
-        (1.0, "any_order", ["photographs_losses"]),
-        (0.0, "plain", ["photographs"])]
-FILES_OF_ARMS = sorted({name for *_, names in ARMS for name in names})
+LONG_TAILED, BALANCED = [(exponent, "plain", ["photographs"]) for exponent in (1.0, 0.0)]
+GAINS_OF_PHOTOGRAPHS = [
+    LONG_TAILED,
+    (1.0, "relative", ["photographs_losses"]),
+    (1.0, "any_order", ["photographs_losses"]),
+    BALANCED]
+
+def files_of(lines):
+    return sorted({name for *_, names in lines for name in names})
 
 def imbalanced(names, methods, two_classes=False):
     """A row per method, or for the mean of a group of methods, or for the difference of groups.
@@ -252,8 +267,17 @@ TABLES = {  # the table, and the files that it comes from
     "corner_ordinary": (corner_ordinary, ["corner_ordinary"]),
     "corner_mnist": (corner_mnist, ["corner_mnist"]),
     "rcdm": (rcdm, ["rcdm"]),
-    "photographs": (lambda: accuracies(["photographs"]), ["photographs"]),
-    "photographs_gains": (lambda: gains(ARMS), FILES_OF_ARMS),
+    "photographs": (
+        lambda: accuracies("photographs", {**ACCURACIES, **PREDICTIONS}), ["photographs"]),
+    "photographs_gains": (lambda: gains(GAINS_OF_PHOTOGRAPHS, (0.1, 0.25, 0.5, 1.0)),
+                          files_of(GAINS_OF_PHOTOGRAPHS)),
+    "photographs_quarter": (lambda: gains_by_measure([LONG_TAILED, BALANCED], 0.25),
+                            files_of([LONG_TAILED, BALANCED])),
+    "photographs_gratings": (
+        lambda: accuracies("photographs_gratings",
+                           {"same_background": "same grating", **ACCURACIES, **PREDICTIONS},
+                           ("random", "plain", "any_order", "supervised"), contrast=0.3),
+        ["photographs_gratings"]),
     "imbalance_cifar10": (
         lambda: imbalanced(["imbalance_cifar10"],
                            ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE],

@@ -63,38 +63,41 @@ after
     with Image.open(tmp_path / "figures" / "example.png") as image:
         assert image.text["results"] == make.digest("example") and image.size == (30, 20)
 
-def test_runs_of_which_prior_are_pooled(tmp_path, monkeypatch):
-    """Two files share the uniform model of seed 0. Gains are paired by seed, by hand."""
+def test_tables_of_which_prior(tmp_path, monkeypatch):
+    """Gains are paired by seed, by hand. One line has runs from two files."""
     monkeypatch.setattr(make, "FOLDER", tmp_path)
 
     def run(seed, exponent, loss, probe, data_exponent=1.0):
         return {"seed": seed, "data_exponent": data_exponent, "contrast": 0.0,
-                "prior_exponent": exponent, "loss": loss, "results": {"probe": probe}}
+                "prior_exponent": exponent, "loss": loss,
+                "results": {"probe": probe, "balanced_probe": probe,
+                            "effective_prototypes": 100 * probe}}
     first = [run(0, 0.0, "plain", 0.5), run(0, 0.25, "plain", 0.6), run(0, 1.0, "plain", 0.1),
-             run(1, 0.0, "plain", 0.4), run(1, 0.25, "plain", 0.35), run(0, None, "random", 0.2),
-             run(0, 0.25, "plain", 0.9, data_exponent=0.0),
+             run(0, None, "random", 0.2), run(0, 0.0, "relative", 0.5),
+             run(0, 0.25, "relative", 0.7), run(0, 0.25, "plain", 0.9, data_exponent=0.0),
              run(0, 0.0, "plain", 0.4, data_exponent=0.0)]
-    second = [run(0, 0.0, loss, 0.5) for loss in ("plain", "relative", "any_order")]
-    second.append(run(0, 0.25, "relative", 0.7))
-    for name, prototypes, runs in (("first", 64, first), ("second", 10, second)):
-        content = {"config": {"prototypes": prototypes}, "runs": runs}
+    second = [run(1, 0.0, "plain", 0.4), run(1, 0.25, "plain", 0.35)]
+    for name, runs in (("first", first), ("second", second)):
+        content = {"config": {"prototypes": 64}, "runs": runs}
         make.path_of(name).write_text(json.dumps(content))
-    losses = ("random", "plain", "relative", "any_order")
-    table = make.accuracies(["first", "second"], {"probe": "accuracy"}, losses)
+    columns = {"probe": "accuracy", "effective_prototypes": "prototypes"}
+    table = make.accuracies("first", columns, ("random", "plain", "relative"))
     assert table.splitlines()[2:] == [
-        "| untrained encoder |  | 1 | 0.200 |",
-        "| PMSN | uniform | 2 | 0.450 ± 0.071 |",
-        "| PMSN | exponent 0.25 | 2 | 0.475 ± 0.177 |",
-        "| PMSN | exponent 1.0 | 1 | 0.100 |",
-        "| relative sharpening | exponent 0.25 | 1 | 0.700 |"]
-    table = make.gains([(1.0, "plain", ["first"]), (0.0, "plain", ["first"]),
-                        (1.0, "relative", ["second"])])
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    assert [row[:5] + row[7:8] for row in rows] == [
-        ["long-tailed", "64", "PMSN", "0.25", "2", "0.025 ± 0.106"],
-        ["long-tailed", "64", "PMSN", "1.0", "1", "-0.400"],
-        ["balanced", "64", "PMSN", "0.25", "1", "0.500"],
-        ["long-tailed", "10", "relative sharpening", "0.25", "1", "0.200"]]
+        "| untrained encoder |  | 0.200 | 20.0 |",
+        "| PMSN | uniform | 0.500 | 50.0 |",
+        "| PMSN | exponent 0.25 | 0.600 | 60.0 |",
+        "| PMSN | exponent 1.0 | 0.100 | 10.0 |",
+        "| relative sharpening | exponent 0.25 | 0.700 | 70.0 |"]
+    lines = [(1.0, "plain", ["first", "second"]), (0.0, "plain", ["first"]),
+             (1.0, "relative", ["first"])]
+    assert make.gains(lines, (0.25, 1.0)).splitlines()[2:] == [
+        "| long-tailed | 64 | PMSN | 0.025 ± 0.106 (n = 2) | -0.400 (n = 1) |",
+        "| balanced | 64 | PMSN | 0.500 (n = 1) |  |",
+        "| long-tailed | 64 | relative sharpening | 0.200 (n = 1) |  |"]
+    header, _, *rows = [line.strip("| ").split(" | ")
+                        for line in make.gains_by_measure(lines[:2], 0.25).splitlines()]
+    assert [row[:3] + row[6:7] for row in rows] == [
+        ["long-tailed", "2", "0.025 ± 0.106", "-"], ["balanced", "1", "0.500", "-"]]
 
 def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
     """One seed, by hand: SimCLR loses .1 and .3 of .4, MAE nothing and .1 of .2."""
