@@ -415,7 +415,7 @@ def test_quick_run_shows_the_figure(tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
     """The program handles SIGTERM as Ctrl-C. It cannot handle SIGKILL, but its workers notice."""
-    options = "--ordinary --seeds 0 1 2 3 4 --workers 2 --out".split()
+    options = "--quick --ordinary --seeds 0 1 2 3 4 --workers 2 --out".split()
     command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

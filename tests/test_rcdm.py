@@ -14,14 +14,14 @@ from PIL import Image
 
 import mnist_corner
 import rcdm
-from test_corner import ARGS
+from test_corner import ARGS, short_experiment
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A folder with two models of mnist_corner.py after a few steps each."""
     folder = tmp_path_factory.mktemp("models")
-    args = {**ARGS, "quick": True, "ordinary": True, "tries": 1, "out": folder}
-    mnist_corner.experiment(0, "digit", SimpleNamespace(**args))
+    args = {**ARGS, "ordinary": True, "tries": 1, "out": folder}
+    short_experiment(0, "digit", SimpleNamespace(**args))
     (folder / "results.json").write_text(json.dumps({"config": args}, default=str))
     return folder
 
