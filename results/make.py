@@ -221,6 +221,7 @@ def by_exponent(runs, data_exponent, contrast, loss):
 
 LONG_TAILED, BALANCED = [(exponent, "plain", ["photographs"]) for exponent in (1.0, 0.0)]
 GAINS_OF_PHOTOGRAPHS = [
+    (1.0, "plain", ["photographs_10"]),
     LONG_TAILED,
     (1.0, "relative", ["photographs_losses"]),
     (1.0, "any_order", ["photographs_losses"]),
@@ -301,7 +302,7 @@ def about(names):
         commits = dict.fromkeys(maker["commit"] for maker in content["made_by"])
         seeds = sorted({run["seed"] for run in runs})
         jobs = {str(run["job"]): run["job_seconds"] for run in runs if "job" in run}
-        command = re.sub(r" --out \S+", "", maker["command"])
+        command = re.sub(r" --(out|workers) \S+", "", maker["command"])
         lines.append(
             (f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
             + f"`{command}`, commit {', '.join(commits)}, {maker['machine']}, torch "
