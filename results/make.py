@@ -163,13 +163,33 @@ PREDICTIONS = {"prior_kl": "KL to the prior", "effective_prototypes": "effective
 
 def accuracies(name, columns, losses=("random", "plain", "supervised"), contrast=0.0):
     """A row per loss and prior, on long-tailed images."""
-    rows = []
+    return markdown(["", "prior", *columns.values()], rows_of(name, columns, losses, contrast))
+
+def rows_of(name, columns, losses, contrast=0.0):
+    runs, rows = load(name)["runs"], []
+    which_prior.add_gains(runs)
+    for run in runs:
+        results = run["results"]
+        if "prior_kl" in results:
+            results["loss"] = results["cross_entropy"] + results["prior_kl"]
     for loss in losses:
-        for exponent, row in by_exponent(load(name)["runs"], 1.0, contrast, loss):
+        for exponent, row in by_exponent(runs, 1.0, contrast, loss):
             prior = PRIOR_NAMES.get(exponent, f"exponent {exponent}")
             rows.append([LOSS_NAMES.get(loss, loss), prior,
                          *(cell(row, column) for column in columns)])
-    return markdown(["", "prior", *columns.values()], rows)
+    return rows
+
+def from_labels():
+    """What is left of a start at the classes, beside the same training from random weights."""
+    columns = {"balanced_probe": "probe, balanced labels", "gain_balanced_probe": "gain",
+               "purity": "purity", "purity_tail": "its tail", "loss": "loss",
+               "prior_kl": "KL to the prior", "effective_prototypes": "effective prototypes"}
+    at_random = rows_of("photographs_10", columns, ("plain",))
+    at_classes = rows_of("photographs_from_labels", columns, ("supervised", "plain", "relative"))
+    at_classes[0][0] = "before"
+    return markdown(["start", "", "prior", *columns.values()],
+                    [*(["random weights", *row] for row in at_random),
+                     *(["labels", *row] for row in at_classes)])
 
 def gains(lines, exponents):
     """What priors gain over the uniform one with the same seed, in the probe with balanced labels.
@@ -274,6 +294,7 @@ TABLES = {  # the table, and the files that it comes from
                           files_of(GAINS_OF_PHOTOGRAPHS)),
     "photographs_quarter": (lambda: gains_by_measure([LONG_TAILED, BALANCED], 0.25),
                             files_of([LONG_TAILED, BALANCED])),
+    "photographs_from_labels": (from_labels, ["photographs_10", "photographs_from_labels"]),
     "photographs_gratings": (
         lambda: accuracies("photographs_gratings",
                            {"same_background": "same grating", **ACCURACIES, **PREDICTIONS},

@@ -98,6 +98,16 @@ def test_tables_of_which_prior(tmp_path, monkeypatch):
                         for line in make.gains_by_measure(lines[:2], 0.25).splitlines()]
     assert [row[:3] + row[6:7] for row in rows] == [
         ["long-tailed", "2", "0.025 ± 0.106", "-"], ["balanced", "1", "0.500", "-"]]
+    start = run(0, None, "supervised", 0.9)
+    for name, runs in (("photographs_10", first), ("photographs_from_labels", [start, *second])):
+        make.path_of(name).write_text(json.dumps({"runs": runs}))
+    rows = [line.strip("| ").split(" | ")[:5] for line in make.from_labels().splitlines()[2:]]
+    assert rows == [["random weights", "PMSN", "uniform", "0.500", "0.000"],
+                    ["random weights", "PMSN", "exponent 0.25", "0.600", "0.100"],
+                    ["random weights", "PMSN", "exponent 1.0", "0.100", "-0.400"],
+                    ["labels", "before", "", "0.900", "-"],
+                    ["labels", "PMSN", "uniform", "0.400", "0.000"],
+                    ["labels", "PMSN", "exponent 0.25", "0.350", "-0.050"]]
 
 def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
     """One seed, by hand: SimCLR loses .1 and .3 of .4, MAE nothing and .1 of .2."""
