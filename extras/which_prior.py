@@ -32,9 +32,9 @@ continues from it without labels. Does the prior of the classes keep them?
 
 --out gets which_prior.json and which_prior.png. The models of one seed and one kind of data are in
 which_prior.json as soon as they are done, and the same command continues from there.
-Not in the paper: these images, the small encoders, a head with one layer (and BatchNorm), no masking
-and one anchor per image, schedules for sharpening and target network (for letters), and all losses
-but the plain one.
+Not in the paper: these images, the small encoders, a head with one layer and BatchNorm, no masking,
+one anchor per image, schedules for sharpening and target network (for letters), and all losses but
+the plain one.
 """
 
 import argparse
@@ -44,8 +44,8 @@ import math
 import multiprocessing
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -81,9 +81,8 @@ LOSSES = {  # options of the loss
 }
 # What two runs have in common that differ in their seed only: the kind of data, and the model
 SETTING = ("data_exponent", "contrast", "prior_exponent", "loss")
-# Accuracies that are compared with the one of the uniform prior
-GAINS = ("knn", "probe", "balanced_knn", "balanced_probe", "balanced_probe_head",
-         "balanced_probe_middle", "balanced_probe_tail")
+# Accuracies that are compared with the one of the uniform prior, for head, middle and tail too
+GAINS = ("knn", "probe", "balanced_knn", "balanced_probe")
 
 # ---- Data ----------------------------------------------------------------------------------------
 class Letters:
@@ -161,10 +160,10 @@ def load_photographs(data, root):
     return *(read_images(split) for split in splits), len(splits[0].classes)
 
 def make_data(exponent, contrast, args):
-    """Images to train on, test images, and images for the balanced classifiers.
+    """Images to train on, test images, and images for the classifiers with balanced labels.
 
-    The last two are balanced. For letters these are as many as those to train on. For photographs
-    they are the whole training set, which includes the images to train on.
+    The last two are balanced. The last ones are as many letters as there are to train on, or all
+    photographs of the training set.
     """
     if args.data == "letters":
         return (Letters(TRAIN_FONTS, args.classes, exponent, contrast, args.images),
@@ -177,65 +176,74 @@ def make_data(exponent, contrast, args):
             Photographs(images, order, 0.0, contrast))
 
 # ---- Networks and training -----------------------------------------------------------------------
+@dataclass
+class Model:
+    network: nn.Module  # PMSN, or a supervised classifier
+    tested_encoder: nn.Module
+    exponent: float | None  # of the prior, or None without PMSN
+    losses: list  # names in LOSSES for which this is the model, or "supervised" or "random"
+    options: dict = field(default_factory=dict)  # of the loss
+    terms: dict = field(default_factory=dict)  # of the loss, means over the last epoch
+
+    def __post_init__(self):
+        self.network.to(memory_format=torch.channels_last)  # faster on CPUs
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=0.05)
+
 def make_models(seed, args):
-    """One model per prior and loss, and a supervised one. All encoders start equal."""
+    """PMSN for each prior and loss. All encoders start equal."""
     models = {}
-    arms = [*itertools.product(args.prior_exponents, args.losses), (None, "supervised")]
-    for exponent, loss in arms:
-        options = dict(LOSSES.get(loss, {}))
+    for exponent, loss in itertools.product(args.prior_exponents, args.losses):
+        options = dict(LOSSES[loss])
         if exponent == 0:
             # With the uniform prior these two change nothing. So plain, relative and any_order are
             # one model, which we train once, and so are Sinkhorn and both.
             options.pop("relative_sharpening", None)
             options.pop("any_order", None)
-        arm = (exponent, tuple(options))
-        if arm in models:
-            models[arm].losses.append(loss)
+        key = (exponent, tuple(options))
+        if key in models:
+            models[key].losses.append(loss)
             continue
-        torch.manual_seed(seed)
-        encoder = tested_encoder = make_encoder_for(args)
-        if loss == "supervised":  # shows how much there is to learn, with labels
-            if args.from_labels:
-                network = ClassPrototypes(make_model(encoder, args.prototypes, 0.0, dim=64))
-            else:
-                network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
-        else:
-            options["prior_weight"] = args.prior_weight
-            network = make_model(encoder, args.prototypes, exponent, dim=64)
-            tested_encoder = network.target_encoder  # as MSN does
-        network.to(memory_format=torch.channels_last)  # faster on CPUs
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-        models[arm] = SimpleNamespace(exponent=exponent, losses=[loss], network=network,
-                                      tested_encoder=tested_encoder, options=options,
-                                      optimizer=optimizer)
+        network = make_pmsn(seed, exponent, args)
+        options["prior_weight"] = args.prior_weight
+        # The target network is tested, as in MSN.
+        models[key] = Model(network, network.target_encoder, exponent, [loss], options)
     return list(models.values())
 
-def make_encoder_for(args):
+def make_pmsn(seed, exponent, args):
+    return make_model(make_encoder_for(seed, args), args.prototypes, exponent, dim=64)
+
+def make_encoder_for(seed, args):
+    torch.manual_seed(seed)
     return make_encoder(SIZE) if args.data == "letters" else make_resnet()
 
+def make_supervised(seed, args):
+    """A classifier, which shows how much there is to learn. Its encoder starts like all others."""
+    if args.from_labels:
+        network = ClassPrototypes(make_pmsn(seed, 0.0, args))
+        return Model(network, network.pmsn.encoder, None, ["supervised"])
+    encoder = make_encoder_for(seed, args)
+    network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
+    return Model(network, encoder, None, ["supervised"])
+
 class ClassPrototypes(nn.Module):
-    """A supervised classifier: a PMSN whose prototype k stands for class k.
+    """A classifier: PMSN, whose prototype k stands for class k.
 
     Class 0 is the most frequent one, and prototype 0 has the largest share of a power law.
     """
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.pmsn = network
 
     def forward(self, view):
         """(B, K), log-probabilities of the classes"""
-        embeddings = self.network.head(self.network.encoder(view))
-        return pmsn.log_predictions(embeddings, self.network.prototypes, temperature=0.1)
+        embeddings = self.pmsn.head(self.pmsn.encoder(view))
+        return pmsn.log_predictions(embeddings, self.pmsn.prototypes, temperature=0.1)
 
-def start_from_labels(models, data, args, title):
-    """Train the last model, which is the supervised one, and let the others start from it."""
-    *others, supervised = models
-    train([supervised], data, args, title)
-    supervised.network = start = supervised.network.network
-    start.update_target(0.0)  # The target network becomes equal to the anchor network.
-    for model in others:
-        model.network.load_state_dict({**start.state_dict(), "prior": model.network.prior})
-    return others
+def start_from(network, models):
+    """Let all models start from the anchor network and the prototypes of this PMSN."""
+    network.update_target(0.0)  # Now its target network is equal to its anchor network.
+    for model in models:
+        model.network.load_state_dict({**network.state_dict(), "prior": model.network.prior})
 
 def train(models, data, args, title):
     """Train all models on the same batches and views. model.terms are means over the last epoch."""
@@ -255,7 +263,7 @@ def train(models, data, args, title):
                 lr, sharpening, ema_momentum = 2e-3 * warmup_cosine(step, steps), 0.25, 0.99
             views = [data.views(batch) for _ in range(2)]  # the target and one anchor
             for model in models:
-                is_pmsn = isinstance(model.network, pmsn.PMSN)
+                is_pmsn = model.exponent is not None
                 if is_pmsn:
                     loss, terms = model.network(views, sharpening=sharpening, **model.options)
                 else:
@@ -297,15 +305,15 @@ def measure(model, sets, views, num_classes):
     if isinstance(data, Letters):
         found["same_font"] = agreement(test_features, test.fonts)
     for name, predict in (("knn", pmsn.knn_predictions), ("probe", pmsn.linear_probe)):
-        correct = predict(features, data.labels, test_features) == test.labels
-        found.update(by_group(name, correct, test.labels, num_classes))
-        correct = predict(balanced_features, balanced.labels, test_features) == test.labels
-        found.update(by_group(f"balanced_{name}", correct, test.labels, num_classes))
-    if isinstance(model.network, pmsn.PMSN):
+        for kind, x, labels in (("", features, data.labels),
+                                ("balanced_", balanced_features, balanced.labels)):
+            correct = predict(x, labels, test_features) == test.labels
+            found.update(by_group(kind + name, correct, test.labels, num_classes))
+    network = getattr(model.network, "pmsn", model.network)  # of ClassPrototypes
+    if isinstance(network, pmsn.PMSN):
         # The head is still in training mode, so its BatchNorm takes the statistics of this batch,
         # which has all training images.
-        embeddings = model.network.target_head(features)
-        prototype = pmsn.cosine(embeddings, model.network.prototypes).argmax(dim=1)
+        prototype = pmsn.cosine(network.target_head(features), network.prototypes).argmax(dim=1)
         pure, spread = prototype_use(prototype, data.labels, num_classes)
         found.update(by_group("purity", pure, data.labels, num_classes))
         found.update(by_group("spread", spread, torch.arange(num_classes), num_classes))
@@ -340,16 +348,19 @@ def experiment(seed, data_exponent, contrast, args):
     torch.manual_seed(seed)
     sets = make_data(data_exponent, contrast, args)
     views = [data.all_views() for data in sets]
-    models = make_models(seed, args)
-    torch.manual_seed(seed)  # The untrained encoder is equal to those of the models.
-    untrained = SimpleNamespace(exponent=None, losses=["random"], network=None,
-                                tested_encoder=make_encoder_for(args), terms={})
+    untrained = make_encoder_for(seed, args)
+    random = Model(untrained, untrained, None, ["random"])
+    models, supervised = make_models(seed, args), make_supervised(seed, args)
     torch.manual_seed(seed)  # The views do not depend on which models there are.
     title = f"{seed:>4}{data_exponent:>9.2f}{contrast:>10.2f}"
-    unlabeled = start_from_labels(models, sets[0], args, title) if args.from_labels else models
-    train(unlabeled, sets[0], args, title)
+    if args.from_labels:
+        train([supervised], sets[0], args, title)
+        start_from(supervised.network.pmsn, models)
+        train(models, sets[0], args, title)
+    else:
+        train([*models, supervised], sets[0], args, title)
     found = []
-    for model in [untrained, *models]:
+    for model in [random, *models, supervised]:
         results = finite({**model.terms, **measure(model, sets, views, args.classes)})
         found += [{"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
                    "prior_exponent": model.exponent, "loss": loss, "results": results}
@@ -368,8 +379,8 @@ def add_gains(runs):
     for run in runs:
         if key(run) in uniform:
             before, results = uniform[key(run)], run["results"]
-            for name in GAINS:
-                if name in results and name in before:
+            for name in before.keys() & results.keys():
+                if name.startswith(GAINS):
                     results[f"gain_{name}"] = results[name] - before[name]
 
 # ---- Figure --------------------------------------------------------------------------------------
@@ -381,35 +392,29 @@ def plot(summary, path):
     figure = Figure(figsize=(1 + 4 * columns, 1 + 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
-        rows_of = {(exponent, loss): row for (*of_data, exponent, loss), row in summary.items()
-                   if tuple(of_data) == kind}
-        arms = {arm: row["balanced_probe"] for arm, row in rows_of.items()}
-        shown = [loss for loss in LOSSES if loss in {name for _, name in arms}]
-        for i, loss in enumerate(shown):
+        probes = {(exponent, loss): row["balanced_probe"]
+                  for (*of_data, exponent, loss), row in summary.items() if tuple(of_data) == kind}
+        losses = [loss for loss in LOSSES if loss in {name for _, name in probes}]
+        for i, loss in enumerate(losses):
             # Moved a little, so that the error bars do not hide one another
-            shift = 0.02 * (i - (len(shown) - 1) / 2)
+            shift = 0.02 * (i - (len(losses) - 1) / 2)
             exponents, mean, std = zip(*sorted(
                 (exponent + shift, probe["mean"], probe["std"])
-                for (exponent, name), probe in arms.items() if name == loss))
+                for (exponent, name), probe in probes.items() if name == loss))
             ax.errorbar(exponents, mean, std, marker="o", capsize=3, label=loss)
-        for name, label, style in (("supervised", "supervised", "--"),
+        for loss, label, style in (("supervised", "supervised", "--"),
                                    ("random", "untrained", ":")):
-            ax.axhline(arms[None, name]["mean"], color="gray", linestyle=style, label=label)
-        ax.axvline(kind[0], color="gray", alpha=0.3)
-        best = max((arm for arm in arms if arm[0] is not None), key=lambda arm: arms[arm]["mean"])
-        gain = f"gains {cell(rows_of[best], 'gain_balanced_probe')}" if best[0] else "is best"
-        ax.set_title(f"{name_of(kind)}: {best[1]}, exponent {best[0]:g} {gain}", fontsize="medium")
+            ax.axhline(probes[None, loss]["mean"], color="gray", linestyle=style, label=label)
+        data_exponent, contrast = kind
+        ax.axvline(data_exponent, color="gray", alpha=0.3)
+        ax.set_title((f"classes k^-{data_exponent:g}" if data_exponent else "balanced classes")
+                     + (f", gratings {contrast:g}" if contrast else ""))
     axes[0, 0].legend(fontsize="small")
-    figure.suptitle("Which prior gives the best features, and what does it gain over the uniform "
-                    "one?\n(vertical line: the exponent of the classes; bars: standard deviation, "
-                    f"n = {number_of_seeds(summary)} seeds)")
+    figure.suptitle("Which prior gives the best features?\n(vertical line: the exponent of the "
+                    f"classes; bars: standard deviation, n = {number_of_seeds(summary)} seeds)")
     figure.supxlabel("exponent of the prior (0: uniform)")
     figure.supylabel("linear probe, balanced labels")
     figure.savefig(path)
-
-def name_of(kind):
-    classes = f"classes k^-{kind[0]:g}" if kind[0] else "balanced classes"
-    return f"{classes}, gratings {kind[1]:g}" if kind[1] else classes
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):

@@ -32,6 +32,7 @@ FIGURES = {
     "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
     "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
     "photographs": {"which_prior.png": "photographs.png"},
+    "letters": {"which_prior.png": "letters.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
 }
 
@@ -239,6 +240,10 @@ def by_exponent(runs, data_exponent, contrast, loss):
               and not (run["prior_exponent"] == 0 and loss in ("relative", "any_order"))]
     return sorted(summarize(chosen, key=lambda run: run["prior_exponent"]).items())
 
+ACCURACIES_OF_LETTERS = {"balanced_probe": "probe, balanced labels",
+                         "balanced_knn": "k-NN, balanced labels", "knn": "k-NN",
+                         "knn_tail": "its tail", **PREDICTIONS}
+
 LONG_TAILED, BALANCED = [(exponent, "plain", ["photographs"]) for exponent in (1.0, 0.0)]
 GAINS_OF_PHOTOGRAPHS = [
     (1.0, "plain", ["photographs_10"]),
@@ -300,6 +305,14 @@ TABLES = {  # the table, and the files that it comes from
                            {"same_background": "same grating", **ACCURACIES, **PREDICTIONS},
                            ("random", "plain", "any_order", "supervised"), contrast=0.3),
         ["photographs_gratings"]),
+    "letters": (
+        lambda: accuracies("letters", ACCURACIES_OF_LETTERS,
+                           ("random", "plain", "both", "supervised")), ["letters"]),
+    "letters_gratings": (
+        lambda: accuracies("letters",
+                           {"same_background": "same grating", **ACCURACIES_OF_LETTERS},
+                           ("random", "plain", "both", "supervised"), contrast=0.7),
+        ["letters"]),
     "imbalance_cifar10": (
         lambda: imbalanced(["imbalance_cifar10"],
                            ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE],

@@ -106,8 +106,9 @@ def test_a_measure_without_a_value_is_left_out(monkeypatch):
     monkeypatch.setattr(which_prior, "make_models", lambda seed, args: [])
     monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
     args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1, from_labels=False)
-    (untrained,) = which_prior.experiment(0, 1.0, 0.0, args)
-    assert untrained["results"] == {"knn": 0.5}
+    runs = which_prior.experiment(0, 1.0, 0.0, args)
+    assert [(run["loss"], run["results"]) for run in runs] == [
+        ("random", {"knn": 0.5}), ("supervised", {"knn": 0.5})]
 
 @pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, capsys):
@@ -161,7 +162,7 @@ def test_all_arms_start_equal_and_the_target_network_is_tested():
     args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain", "relative", "any_order"],
                            data="photographs", classes=3, prototypes=6, prior_weight=1.0,
                            from_labels=False)
-    runs = which_prior.make_models(5, args)
+    runs = [*which_prior.make_models(5, args), which_prior.make_supervised(5, args)]
     assert [(run.exponent, run.losses) for run in runs] == [
         (0, ["plain", "relative", "any_order"]), (1, ["plain"]), (1, ["relative"]),
         (1, ["any_order"]), (None, ["supervised"])]
@@ -206,8 +207,9 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
     args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data=name, classes=3,
                            prototypes=5, prior_weight=2.0, epochs=2, from_labels=False)
     channels = 1 if name == "letters" else 3
-    models, data = which_prior.make_models(0, args), FixedViews(channels)
-    twins = which_prior.make_models(0, args)
+    models, twins = [[*which_prior.make_models(0, args), which_prior.make_supervised(0, args)]
+                     for _ in range(2)]
+    data = FixedViews(channels)
     torch.manual_seed(7)
     which_prior.train(models, data, args, "")
     torch.manual_seed(7)
@@ -258,13 +260,14 @@ def test_all_priors_start_from_the_same_supervised_network(capsys, monkeypatch):
     monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
     args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain"], data="CIFAR10", classes=3,
                            prototypes=3, prior_weight=1.0, epochs=20, from_labels=True)
-    models, data = which_prior.make_models(0, args), FixedViews(3)
-    before = models[0].network.prototypes.clone()
-    unlabeled = which_prior.start_from_labels(models, data, args, "")
-    assert unlabeled == models[:2] and len(capsys.readouterr().out.splitlines()) == 20
-    start = models[2].network
-    assert models[2].tested_encoder is start.encoder and not torch.equal(start.prototypes, before)
-    for model, exponent in zip(unlabeled, (0, 1)):
+    models, supervised = which_prior.make_models(0, args), which_prior.make_supervised(0, args)
+    start, data = supervised.network.pmsn, FixedViews(3)
+    assert supervised.tested_encoder is start.encoder
+    before = start.prototypes.clone()
+    which_prior.train([supervised], data, args, "")
+    which_prior.start_from(start, models)
+    assert not torch.equal(start.prototypes, before)
+    for model, exponent in zip(models, (0, 1), strict=True):
         network = model.network
         torch.testing.assert_close(network.prior, pmsn.power_law_prior(3, exponent))
         torch.testing.assert_close(network.prototypes, start.prototypes, rtol=0, atol=0)
