@@ -190,4 +190,5 @@ def cell(row, name):
         return "-"
     mean, std = row[name]["mean"], row[name]["std"]
     digits = 3 if abs(mean) < 10 else 1
+    mean = round(float(mean), digits) + 0.0  # not -0.000
     return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")

@@ -78,12 +78,11 @@ def with_priors_named(runs):
     return [{**run, "exponent": PRIORS[run["exponent"]]} for run in runs]
 
 def kmeans():
-    scores = load("kmeans")["adjusted_rand_index"]
-    sizes = list(next(iter(scores.values())))
-    # A mean of -0.004 is rounded to -0. Adding 0 makes it 0.
-    rows = [[name, *(f"{round(np.mean(row[size]), 2) + 0:.2f} ± {np.std(row[size], ddof=1):.2f}"
-                     for size in sizes)] for name, row in scores.items()]
-    return markdown(["sizes of the groups", *(f"{float(size):g}:1" for size in sizes)], rows)
+    runs = [{"method": method, "results": dict(zip(scores, of_data_set))}
+            for method, scores in load("kmeans")["adjusted_rand_index"].items()
+            for of_data_set in zip(*scores.values())]
+    sizes = {size: f"{float(size):g}:1" for size in runs[0]["results"]}
+    return table_of(runs, {"method": "sizes of the groups"}, sizes)
 
 def kmeans_shares():
     content = load("kmeans")
@@ -157,8 +156,11 @@ def rcdm():
 PRIOR_NAMES = {None: "", 0.0: "uniform"}
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
               "any_order": "any order", "both": "relative sharpening, Sinkhorn"}
-ACCURACIES = {"balanced_probe": "probe, balanced labels", "balanced_probe_tail": "its tail",
-              "balanced_knn": "k-NN, balanced labels", "probe": "probe"}
+ACCURACIES = {"balanced_probe": "probe, balanced labels",
+              "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
+MEASURES = {"balanced_probe_head": "probe, balanced labels: head",
+            "balanced_probe_middle": "middle", "balanced_probe_tail": "tail",
+            "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
 PREDICTIONS = {"prior_kl": "KL to the prior", "effective_prototypes": "effective prototypes",
                "prototypes_per_view": "prototypes per view"}
 
@@ -192,41 +194,26 @@ def from_labels():
                     [*(["random weights", *row] for row in at_random),
                      *(["labels", *row] for row in at_classes)])
 
-def gains(lines, exponents):
-    """What priors gain over the uniform one with the same seed, in the probe with balanced labels.
+def gains(lines, columns):
+    """What priors gain over the uniform one with the same seed.
 
-    A row per line, which has the exponent of the images, the loss, and the files of these runs. They
-    have the same number of prototypes and different seeds. A column per exponent of the prior.
+    A row per line, which has the exponent of the images, the loss, and the files of these runs. The
+    files have the same number of prototypes and different seeds. A column is an exponent of the
+    prior and what is measured: {(exponent, name in the file): name in the table}.
     """
     rows = []
     for data_exponent, loss, names in lines:
-        prototypes, found = gained(data_exponent, loss, names)
-        cells = [f"{cell(found[exponent], 'gain_balanced_probe')} (n = {found[exponent]['n']})"
-                 if exponent in found else "" for exponent in exponents]
-        rows.append([images_with(data_exponent), str(prototypes), LOSS_NAMES[loss], *cells])
-    return markdown(["images", "prototypes", "loss", *(f"exponent {x}" for x in exponents)], rows)
-
-def gains_by_measure(lines, exponent):
-    """The same for one exponent of the prior, and a column per way to measure."""
-    columns = {"balanced_probe": "probe, balanced labels", "balanced_probe_head": "its head",
-               "balanced_probe_middle": "its middle", "balanced_probe_tail": "its tail",
-               "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
-    rows = []
-    for data_exponent, loss, names in lines:
-        row = gained(data_exponent, loss, names)[1][exponent]
-        rows.append([images_with(data_exponent), str(row["n"]),
-                     *(cell(row, f"gain_{name}") for name in columns)])
-    return markdown(["images", "n", *columns.values()], rows)
-
-def gained(data_exponent, loss, names):
-    """The number of prototypes in these files, and {exponent: row of `summarize`}."""
-    prototypes, = {load(name)["config"]["prototypes"] for name in names}
-    runs = [run for name in names for run in load(name)["runs"]]
-    which_prior.add_gains(runs)
-    return prototypes, dict(by_exponent(runs, data_exponent, 0.0, loss))
-
-def images_with(data_exponent):
-    return "long-tailed" if data_exponent else "balanced"
+        files = [load(name) for name in names]
+        prototypes, = {file["config"]["prototypes"] for file in files}
+        runs = [run for file in files for run in file["runs"]]
+        which_prior.add_gains(runs)
+        of_exponents = dict(by_exponent(runs, data_exponent, 0.0, loss))
+        row = ["long-tailed" if data_exponent else "balanced", str(prototypes), LOSS_NAMES[loss]]
+        for exponent, name in columns:
+            found = of_exponents.get(exponent, {})
+            row.append(f"{cell(found, f'gain_{name}')} (n = {found['n']})" if found else "")
+        rows.append(row)
+    return markdown(["images", "prototypes", "loss", *columns.values()], rows)
 
 def by_exponent(runs, data_exponent, contrast, loss):
     """(exponent of the prior, its row of `summarize`) for these images and this loss, in order.
@@ -239,10 +226,6 @@ def by_exponent(runs, data_exponent, contrast, loss):
               if (run["data_exponent"], run["contrast"], run["loss"]) == kind
               and not (run["prior_exponent"] == 0 and loss in ("relative", "any_order"))]
     return sorted(summarize(chosen, key=lambda run: run["prior_exponent"]).items())
-
-ACCURACIES_OF_LETTERS = {"balanced_probe": "probe, balanced labels",
-                         "balanced_knn": "k-NN, balanced labels", "knn": "k-NN",
-                         "knn_tail": "its tail", **PREDICTIONS}
 
 LONG_TAILED, BALANCED = [(exponent, "plain", ["photographs"]) for exponent in (1.0, 0.0)]
 GAINS_OF_PHOTOGRAPHS = [
@@ -261,17 +244,18 @@ def imbalanced(names, methods, two_classes=False):
     A drop compares two runs of the same file, because another file can have other settings. So a
     method must be in one of the files only.
     """
-    runs = []
+    summary = {}
     for name in names:
-        of_file = load(name)["runs"]
-        num_classes = max(run["classes_per_batch"] for run in of_file)
-        learned = imbalance.add_drops(of_file, num_classes)
-        of_file += imbalance.group_drops(of_file, learned)
-        of_file = [run for run in of_file if run["method"] in methods]
-        assert not {run["method"] for run in of_file} & {run["method"] for run in runs}
-        runs += of_file
-    summary = summarize(runs, key=lambda run: (run["method"], run["classes_per_batch"]))
-    columns = {(num_classes, "class"): "class",
+        runs = load(name)["runs"]
+        num_classes = max(run["classes_per_batch"] for run in runs)
+        learned = imbalance.add_drops(runs, num_classes)
+        runs += imbalance.group_drops(runs, learned)
+        found = summarize([run for run in runs if run["method"] in methods], key=lambda run: (
+            run["method"], "all" if run["classes_per_batch"] == num_classes
+            else run["classes_per_batch"]))
+        assert not {method for method, _ in found} & {method for method, _ in summary}
+        summary |= found
+    columns = {("all", "class"): "class",
                **({(2, "drop_class"): "drop, two classes"} if two_classes else {}),
                (1, "drop_class"): "drop, one class", (1, "drop_share"): "share of what was learned",
                (1, "drop_knn"): "k-NN", (1, "drop_luminance"): "luminance",
@@ -281,7 +265,6 @@ def imbalanced(names, methods, two_classes=False):
     return markdown(["", *columns.values()], rows)
 
 FLOORS = ["random ResNet", "random ViT/4", "raw pixels"]
-DIFFERENCE = ["with a volume term", "without a volume term", "difference"]
 
 TABLES = {  # the table, and the files that it comes from
     "kmeans": (kmeans, ["kmeans"]),
@@ -295,10 +278,14 @@ TABLES = {  # the table, and the files that it comes from
     "rcdm": (rcdm, ["rcdm"]),
     "photographs": (
         lambda: accuracies("photographs", {**ACCURACIES, **PREDICTIONS}), ["photographs"]),
-    "photographs_gains": (lambda: gains(GAINS_OF_PHOTOGRAPHS, (0.1, 0.25, 0.5, 1.0)),
-                          files_of(GAINS_OF_PHOTOGRAPHS)),
-    "photographs_quarter": (lambda: gains_by_measure([LONG_TAILED, BALANCED], 0.25),
-                            files_of([LONG_TAILED, BALANCED])),
+    "photographs_gains": (
+        lambda: gains(GAINS_OF_PHOTOGRAPHS, {(exponent, "balanced_probe"): f"exponent {exponent}"
+                                             for exponent in (0.1, 0.25, 0.5, 1.0)}),
+        files_of(GAINS_OF_PHOTOGRAPHS)),
+    "photographs_quarter": (
+        lambda: gains([LONG_TAILED, BALANCED],
+                      {(0.25, name): title for name, title in MEASURES.items()}),
+        files_of([LONG_TAILED, BALANCED])),
     "photographs_from_labels": (from_labels, ["photographs_10", "photographs_from_labels"]),
     "photographs_gratings": (
         lambda: accuracies("photographs_gratings",
@@ -306,43 +293,39 @@ TABLES = {  # the table, and the files that it comes from
                            ("random", "plain", "any_order", "supervised"), contrast=0.3),
         ["photographs_gratings"]),
     "letters": (
-        lambda: accuracies("letters", ACCURACIES_OF_LETTERS,
+        lambda: accuracies("letters", {**ACCURACIES, **PREDICTIONS},
                            ("random", "plain", "both", "supervised")), ["letters"]),
     "letters_gratings": (
         lambda: accuracies("letters",
-                           {"same_background": "same grating", **ACCURACIES_OF_LETTERS},
+                           {"same_background": "same grating", **ACCURACIES, **PREDICTIONS},
                            ("random", "plain", "both", "supervised"), contrast=0.7),
         ["letters"]),
     "imbalance_cifar10": (
         lambda: imbalanced(["imbalance_cifar10"],
-                           ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS, *DIFFERENCE],
+                           ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", "difference", *FLOORS],
                            two_classes=True),
         ["imbalance_cifar10"]),
     "imbalance_more": (
         lambda: imbalanced(["imbalance_cifar10", "imbalance_more"],
                            ["SimCLR", "SimCLR-GroupNorm", "MSN", "MSN-5", "PMSN"]),
-        ["imbalance_more"]),
+        ["imbalance_cifar10", "imbalance_more"]),
     "imbalance_accumulated": (
         lambda: imbalanced(["imbalance_accumulated"], ["SimCLR", "SimCLR-GroupNorm", "VICReg"]),
         ["imbalance_accumulated"]),
 }
 
-def about(names):
-    """What the numbers were made with: seeds, command, commit, machine and time."""
-    lines = []
-    for name in names:
-        content = load(name)
-        maker, runs = content["made_by"][-1], content.get("runs", [])
-        commits = dict.fromkeys(maker["commit"] for maker in content["made_by"])
-        seeds = sorted({run["seed"] for run in runs})
-        jobs = {str(run["job"]): run["job_seconds"] for run in runs if "job" in run}
-        command = re.sub(r" --(out|workers) \S+", "", maker["command"])
-        lines.append(
-            (f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
-            + f"`{command}`, commit {', '.join(commits)}, {maker['machine']}, torch "
-            + f"{maker['torch']}, " + (f"{sum(jobs.values()) / 60:.0f} minutes of one core" if jobs
-                                       else f"{content['seconds']} s") + ".")
-    return "\n\n".join(lines)
+def about(name):
+    """What a file was made with: seeds, command, commit, machine and time."""
+    content = load(name)
+    maker, runs = content["made_by"][-1], content.get("runs", [])
+    commits = ", ".join(dict.fromkeys(maker["commit"] for maker in content["made_by"]))
+    seeds = sorted({run["seed"] for run in runs})
+    jobs = {str(run["job"]): run["job_seconds"] for run in runs if "job" in run}
+    time = f"{sum(jobs.values()) / 60:.0f} minutes of one core" if jobs else (
+        f"{content['seconds']} s")
+    command = re.sub(r" --(out|workers) \S+", "", maker["command"])
+    return ((f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
+            + f"`{command}`, commit {commits}, {maker['machine']}, torch {maker['torch']}, {time}.")
 
 def with_tables(text):
     """The text of a README with all of its tables written again."""
@@ -350,11 +333,12 @@ def with_tables(text):
 
     def write(match):
         table, names = TABLES[match[1]]
-        source = about(names)
-        if source in seen:
-            source = "(From the same results as a table above.)"
-        seen.add(source)
-        return f"<!-- table: {match[1]} -->\n{table()}\n\n{source}\n<!-- end -->"
+        sources = [about(name) for name in names if name not in seen]
+        if seen & set(names):
+            sources.append("(With results of a table above.)")
+        seen.update(names)
+        lines = "\n\n".join([table(), *sources])
+        return f"<!-- table: {match[1]} -->\n{lines}\n<!-- end -->"
 
     return re.sub("<!-- table: (\\w+) -->.*?<!-- end -->", write, text, flags=re.DOTALL)
 

@@ -131,4 +131,5 @@ def test_means_and_spreads_leave_out_what_is_missing_for_a_seed():
     assert experiments.cell(summary[1.0], "digit") == "2.000 ± 1.414"
     assert experiments.cell(summary[1.0], "background") == "-"
     assert experiments.cell(summary[0.0], "digit") == "5.000"
+    assert experiments.cell({"x": {"mean": -0.0004, "std": 0.01}}, "x") == "0.000 ± 0.010"
     assert experiments.cell({"x": {"mean": 44.26, "std": 1.04}}, "x") == "44.3 ± 1.0"
