@@ -231,6 +231,7 @@ LONG_TAILED, BALANCED = [(exponent, "plain", ["photographs"]) for exponent in (1
 GAINS_OF_PHOTOGRAPHS = [
     (1.0, "plain", ["photographs_10"]),
     LONG_TAILED,
+    (1.0, "plain", ["photographs_256"]),
     (1.0, "relative", ["photographs_losses"]),
     (1.0, "any_order", ["photographs_losses"]),
     BALANCED]
