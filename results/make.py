@@ -25,7 +25,8 @@ import imbalance
 import which_prior
 from experiments import cell, summarize
 
-READMES = [FOLDER.parent / name for name in ("README.md", "extras/README.md")]
+READMES = [FOLDER.parent / name
+           for name in ("README.md", "extras/README.md", "extras/CONTROLS.md")]
 # The figures of each run, and their names in figures/.
 FIGURES = {
     "kmeans": {"kmeans.png": "kmeans.png", "hidden_prior.png": "hidden_prior.png"},

@@ -10,7 +10,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1] / "results"))
 import make
 
-@pytest.mark.parametrize("readme", make.READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", make.READMES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_tables_are_those_of_the_files(readme):
     text = readme.read_text()
     assert make.with_tables(text) == text, "run: python results/make.py"

@@ -66,7 +66,7 @@ def test_the_example_loop_runs():
     named = set(re.findall(r"^\| `(\w+)`", README, re.M))
     assert len(named) == 3 and named <= set(names["terms"])
 
-@pytest.mark.parametrize("file", ["README.md", "extras/README.md"])
+@pytest.mark.parametrize("file", ["README.md", "extras/README.md", "extras/CONTROLS.md"])
 def test_files_that_a_readme_names_exist(file):
     path = REPOSITORY / file
     links = re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", path.read_text())
@@ -76,7 +76,8 @@ def test_files_that_a_readme_names_exist(file):
 
 def test_flags_functions_and_commands_of_the_readmes_exist():
     source = "".join(path.read_text() for path in [*SCRIPTS, REPOSITORY / "pmsn.py"])
-    extras = (REPOSITORY / "extras" / "README.md").read_text()
+    extras = "".join((REPOSITORY / "extras" / name).read_text()
+                     for name in ("README.md", "CONTROLS.md"))
     commands = "".join(re.findall(r"```bash\n(.*?)```", extras, re.S))
     flags = {*re.findall(r"[ `](--[a-z][a-z_-]+)", README + RECIPE + commands)}
     flags -= {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--rdzv_backend",
