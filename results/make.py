@@ -228,7 +228,9 @@ def by_exponent(runs, data_exponent, contrast, loss):
               and not (run["prior_exponent"] == 0 and loss in ("relative", "any_order"))]
     return sorted(summarize(chosen, key=lambda run: run["prior_exponent"]).items())
 
-LONG_TAILED, BALANCED = [(exponent, "plain", ["photographs"]) for exponent in (1.0, 0.0)]
+LONG_TAILED, BALANCED = [
+    (exponent, "plain", ["photographs", "photographs_more", "photographs_more2"])
+    for exponent in (1.0, 0.0)]
 GAINS_OF_PHOTOGRAPHS = [
     (1.0, "plain", ["photographs_10"]),
     LONG_TAILED,
