@@ -411,7 +411,7 @@ def plot(summary, path):
                      + (f", gratings {contrast:g}" if contrast else ""))
     axes[0, 0].legend(fontsize="small")
     figure.suptitle("Which prior gives the best features?\n(vertical line: the exponent of the "
-                    f"classes; bars: standard deviation, n = {number_of_seeds(summary)} seeds)")
+                    f"classes;\nbars: standard deviation, n = {number_of_seeds(summary)} seeds)")
     figure.supxlabel("exponent of the prior (0: uniform)")
     figure.supylabel("linear probe, balanced labels")
     figure.savefig(path)

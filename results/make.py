@@ -158,7 +158,7 @@ PRIOR_NAMES = {None: "", 0.0: "uniform"}
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
               "any_order": "any order", "both": "relative sharpening, Sinkhorn"}
 ACCURACIES = {"balanced_probe": "probe, balanced labels",
-              "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
+              "balanced_knn": "k-NN, balanced labels", "probe": "probe"}
 MEASURES = {"balanced_probe_head": "probe, balanced labels: head",
             "balanced_probe_middle": "middle", "balanced_probe_tail": "tail",
             "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
@@ -297,7 +297,7 @@ TABLES = {  # the table, and the files that it comes from
                            ("random", "plain", "any_order", "supervised"), contrast=0.3),
         ["photographs_gratings"]),
     "letters": (
-        lambda: accuracies("letters", {**ACCURACIES, **PREDICTIONS},
+        lambda: accuracies("letters", {**ACCURACIES, "gain_balanced_probe": "gain", **PREDICTIONS},
                            ("random", "plain", "both", "supervised")), ["letters"]),
     "letters_gratings": (
         lambda: accuracies("letters",
