@@ -78,46 +78,45 @@ def markdown(header, rows):
 def with_priors_named(runs):
     return [{**run, "exponent": PRIORS[run["exponent"]]} for run in runs]
 
-def kmeans():
+def kmeans(name):
     runs = [{"method": method, "results": dict(zip(scores, of_data_set))}
-            for method, scores in load("kmeans")["adjusted_rand_index"].items()
+            for method, scores in load(name)["adjusted_rand_index"].items()
             for of_data_set in zip(*scores.values())]
     sizes = {size: f"{float(size):g}:1" for size in runs[0]["results"]}
     return table_of(runs, {"method": "sizes of the groups"}, sizes)
 
-def kmeans_shares():
-    content = load("kmeans")
+def kmeans_shares(name):
+    content = load(name)
     rows = {**content["preferred_shares"], "the prior of PMSN": content["prior"]}
     return markdown(["method", "shares of three clusters"],
-                    [[name, " ".join(f"{share:.3f}" for share in row)]
-                     for name, row in rows.items()])
+                    [[method, " ".join(f"{share:.3f}" for share in row)]
+                     for method, row in rows.items()])
 
 CORNER = {"long_tailed": "long-tailed", "exponent": "prior"}
 WITH_CHOICE = {**CORNER, "chosen": "the lower loss has the"}  # another row if a seed chose another
 LOSSES = {"digit_loss": "loss of the digit's window", "background_loss": "... of the background's"}
 
-def corner():
-    return table_of(with_priors_named(load("corner")["runs"]), WITH_CHOICE, LOSSES)
+def corner(name):
+    return table_of(with_priors_named(load(name)["runs"]), WITH_CHOICE, LOSSES)
 
-def corner_neighbors():
+def corner_neighbors(name):
     columns = {"same_digit": "same digit", "same_background": "same background",
                "prototype_digit": "purity, digit", "prototype_background": "purity, background",
                "other_font": "same digit, other fonts"}
-    return table_of(with_priors_named(load("corner")["runs"]), CORNER, columns)
+    return table_of(with_priors_named(load(name)["runs"]), CORNER, columns)
 
-def corner_bounds():
+def corner_bounds(name):
     """What the losses could be, without any network."""
-    names = {0.0: "balanced", 1.0: "long-tailed"}
+    classes = {0.0: "balanced", 1.0: "long-tailed"}
     return markdown(
         ["classes", "prior", "loss of the exact grouping", "lowest that a search finds"],
-        [[names[row["of_classes"]], PRIORS[row["of_prior"]], f"{row['exact']:.3f}",
-          f"{row['lowest']:.3f}"] for row in load("corner")["config"]["references"]])
+        [[classes[row["of_classes"]], PRIORS[row["of_prior"]], f"{row['exact']:.3f}",
+          f"{row['lowest']:.3f}"] for row in load(name)["config"]["references"]])
 
-def corner_ingredients():
+def corner_ingredients(*names):
     rows = []
-    titles = {"corner": "any order, 32 tries", "corner_fixed_order": "`--fixed_order`",
-              "corner_one_try": "`--tries 1`"}
-    for name, title in titles.items():
+    titles = ("any order, 32 tries", "`--fixed_order`", "`--tries 1`")
+    for name, title in zip(names, titles, strict=True):
         runs = load(name)["runs"]
         right = [(run["chosen"] == run["long_tailed"]) == (run["exponent"] > 0) for run in runs]
         steep = summarize([run for run in runs if run["exponent"]],
@@ -128,21 +127,21 @@ def corner_ingredients():
               for loss in ("digit", "background")]
     return markdown(["", *header, "right choices"], rows)
 
-def corner_ordinary():
+def corner_ordinary(name):
     columns = {"same_digit": "encoder: same digit", "same_background": "same background",
                "projection_digit": "projection: same digit",
                "projection_background": "same background", "prototype_digit": "purity, digit",
                "prototype_background": "purity, background", "whole_loss": "loss"}
-    return table_of(with_priors_named(load("corner_ordinary")["runs"]), CORNER, columns)
+    return table_of(with_priors_named(load(name)["runs"]), CORNER, columns)
 
-def corner_mnist():
+def corner_mnist(name):
     columns = {**LOSSES, "same_digit": "same digit", "same_background": "same background"}
-    return table_of(with_priors_named(load("corner_mnist")["runs"]), WITH_CHOICE, columns)
+    return table_of(with_priors_named(load(name)["runs"]), WITH_CHOICE, columns)
 
-def rcdm():
+def rcdm(name):
     """A row per measure, and a column per prior."""
-    summary = summarize(load("rcdm")["runs"], key=lambda run: run["exponent"])
-    names = {
+    summary = summarize(load(name)["runs"], key=lambda run: run["exponent"])
+    measures = {
         "digit_of_samples": "samples with the most frequent digit of their prototype",
         "digit_by_chance": "... by chance",
         "digit_of_images": "... among the real images of the prototype",
@@ -151,8 +150,8 @@ def rcdm():
         "background_of_images": "... among the real images of the prototype",
         "faithfulness": "samples whose own nearest prototype is theirs"}
     return markdown(["", *(PRIORS[exponent] for exponent in summary)],
-                    [[title, *(cell(row, name) for row in summary.values())]
-                     for name, title in names.items()])
+                    [[title, *(cell(row, measure) for row in summary.values())]
+                     for measure, title in measures.items()])
 
 PRIOR_NAMES = {None: "", 0.0: "uniform"}
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
@@ -164,6 +163,7 @@ MEASURES = {"balanced_probe_head": "probe, balanced labels: head",
             "balanced_knn": "k-NN, balanced labels", "probe": "probe", "knn": "k-NN"}
 PREDICTIONS = {"prior_kl": "KL to the prior", "effective_prototypes": "effective prototypes",
                "prototypes_per_view": "prototypes per view"}
+WITH_GRATINGS = {"same_background": "same grating", **ACCURACIES, **PREDICTIONS}
 
 def accuracies(name, columns, losses=("random", "plain", "supervised"), contrast=0.0):
     """A row per loss and prior, on long-tailed images."""
@@ -183,13 +183,13 @@ def rows_of(name, columns, losses, contrast=0.0):
                          *(cell(row, column) for column in columns)])
     return rows
 
-def from_labels():
+def from_labels(from_random, name):
     """What is left of a start at the classes, beside the same training from random weights."""
     columns = {"balanced_probe": "probe, balanced labels", "gain_balanced_probe": "gain",
                "purity": "purity", "purity_tail": "its tail", "loss": "loss",
                "prior_kl": "KL to the prior", "effective_prototypes": "effective prototypes"}
-    at_random = rows_of("photographs_10", columns, ("plain",))
-    at_classes = rows_of("photographs_from_labels", columns, ("supervised", "plain", "relative"))
+    at_random = rows_of(from_random, columns, ("plain",))
+    at_classes = rows_of(name, columns, ("supervised", "plain", "relative"))
     at_classes[0][0] = "before"
     return markdown(["start", "", "prior", *columns.values()],
                     [*(["random weights", *row] for row in at_random),
@@ -270,7 +270,8 @@ def imbalanced(names, methods, two_classes=False):
 
 FLOORS = ["random ResNet", "random ViT/4", "raw pixels"]
 
-TABLES = {  # the table, and the files that it comes from
+# Each table is a function of the names of its files, and these names.
+TABLES = {
     "kmeans": (kmeans, ["kmeans"]),
     "kmeans_shares": (kmeans_shares, ["kmeans"]),
     "corner": (corner, ["corner"]),
@@ -281,40 +282,36 @@ TABLES = {  # the table, and the files that it comes from
     "corner_mnist": (corner_mnist, ["corner_mnist"]),
     "rcdm": (rcdm, ["rcdm"]),
     "photographs": (
-        lambda: accuracies("photographs", {**ACCURACIES, **PREDICTIONS}), ["photographs"]),
+        lambda name: accuracies(name, {**ACCURACIES, **PREDICTIONS}), ["photographs"]),
     "photographs_gains": (
-        lambda: gains(GAINS_OF_PHOTOGRAPHS, {(exponent, "balanced_probe"): f"exponent {exponent}"
-                                             for exponent in (0.1, 0.25, 0.5, 1.0)}),
+        lambda *_: gains(GAINS_OF_PHOTOGRAPHS, {(exponent, "balanced_probe"): f"exponent {exponent}"
+                                                for exponent in (0.1, 0.25, 0.5, 1.0)}),
         files_of(GAINS_OF_PHOTOGRAPHS)),
     "photographs_quarter": (
-        lambda: gains([LONG_TAILED, BALANCED],
-                      {(0.25, name): title for name, title in MEASURES.items()}),
+        lambda *_: gains([LONG_TAILED, BALANCED],
+                         {(0.25, name): title for name, title in MEASURES.items()}),
         files_of([LONG_TAILED, BALANCED])),
     "photographs_from_labels": (from_labels, ["photographs_10", "photographs_from_labels"]),
     "photographs_gratings": (
-        lambda: accuracies("photographs_gratings",
-                           {"same_background": "same grating", **ACCURACIES, **PREDICTIONS},
-                           ("random", "plain", "any_order", "supervised"), contrast=0.3),
+        lambda name: accuracies(name, WITH_GRATINGS, ("random", "plain", "any_order", "supervised"),
+                                contrast=0.3),
         ["photographs_gratings"]),
     "letters": (
-        lambda: accuracies("letters", {**ACCURACIES, "gain_balanced_probe": "gain", **PREDICTIONS},
-                           ("random", "plain", "both", "supervised")), ["letters"]),
+        lambda name: accuracies(name, {**ACCURACIES, "gain_balanced_probe": "gain", **PREDICTIONS},
+                                ("random", "plain", "both", "supervised")), ["letters"]),
     "letters_gratings": (
-        lambda: accuracies("letters",
-                           {"same_background": "same grating", **ACCURACIES, **PREDICTIONS},
-                           ("random", "plain", "both", "supervised"), contrast=0.7),
-        ["letters"]),
+        lambda name: accuracies(name, WITH_GRATINGS, ("random", "plain", "both", "supervised"),
+                                contrast=0.7), ["letters"]),
     "imbalance_cifar10": (
-        lambda: imbalanced(["imbalance_cifar10"],
-                           ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", "difference", *FLOORS],
-                           two_classes=True),
+        lambda *names: imbalanced(
+            names, ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", "difference", *FLOORS],
+            two_classes=True),
         ["imbalance_cifar10"]),
     "imbalance_more": (
-        lambda: imbalanced(["imbalance_cifar10", "imbalance_more"],
-                           ["SimCLR", "SimCLR-GroupNorm", "MSN", "MSN-5", "PMSN"]),
+        lambda *names: imbalanced(names, ["SimCLR", "SimCLR-GroupNorm", "MSN", "MSN-5", "PMSN"]),
         ["imbalance_cifar10", "imbalance_more"]),
     "imbalance_accumulated": (
-        lambda: imbalanced(["imbalance_accumulated"], ["SimCLR", "SimCLR-GroupNorm", "VICReg"]),
+        lambda *names: imbalanced(names, ["SimCLR", "SimCLR-GroupNorm", "VICReg"]),
         ["imbalance_accumulated"]),
 }
 
@@ -341,7 +338,7 @@ def with_tables(text):
         if seen & set(names):
             sources.append("(With results of a table above.)")
         seen.update(names)
-        lines = "\n\n".join([table(), *sources])
+        lines = "\n\n".join([table(*names), *sources])
         return f"<!-- table: {match[1]} -->\n{lines}\n<!-- end -->"
 
     return re.sub("<!-- table: (\\w+) -->.*?<!-- end -->", write, text, flags=re.DOTALL)

@@ -28,8 +28,8 @@ def test_a_run_is_taken_and_written_as_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(make, "FIGURES", {"example": {"plot.png": "example.png"}})
 
-    def table():
-        runs = make.load("example")["runs"]
+    def table(name):
+        runs = make.load(name)["runs"]
         return make.table_of(runs, {"kind": "kind"}, {"x": "value", "y": "other"})
     monkeypatch.setattr(make, "TABLES", {"example": (table, ["example"])})
     for folder in ("results", "figures", "run"):
@@ -96,9 +96,9 @@ def test_tables_of_which_prior(tmp_path, monkeypatch):
         "| balanced | 64 | PMSN | 0.500 (n = 1) |  |",
         "| long-tailed | 64 | relative sharpening | 0.200 (n = 1) |  |"]
     start = run(0, None, "supervised", 0.9)
-    for name, runs in (("photographs_10", first), ("photographs_from_labels", [start, *second])):
-        make.path_of(name).write_text(json.dumps({"runs": runs}))
-    rows = [line.strip("| ").split(" | ")[:5] for line in make.from_labels().splitlines()[2:]]
+    make.path_of("labels").write_text(json.dumps({"runs": [start, *second]}))
+    table = make.from_labels("first", "labels")
+    rows = [line.strip("| ").split(" | ")[:5] for line in table.splitlines()[2:]]
     assert rows == [["random weights", "PMSN", "uniform", "0.500", "0.000"],
                     ["random weights", "PMSN", "exponent 0.25", "0.600", "0.100"],
                     ["random weights", "PMSN", "exponent 1.0", "0.100", "-0.400"],

@@ -70,7 +70,7 @@ def test_the_example_loop_runs():
 def test_files_that_a_readme_names_exist(file):
     path = REPOSITORY / file
     links = re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", path.read_text())
-    assert len(links) > 3
+    assert len(links) > 5
     for link in links:
         assert (path.parent / link).exists(), link
 
