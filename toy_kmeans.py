@@ -7,33 +7,36 @@ VICReg does so because our clusters lie at the corners of a regular simplex: if 
 whitened one-hot vectors, its variance and covariance terms are 0 for clusters of any sizes.
 PMSN prefers the sizes of its prior. With the right prior, it finds the groups.
 
-    python toy_kmeans.py             # one to three minutes on one core, no data needed
+    python toy_kmeans.py             # half a minute on two cores, no data needed
     python toy_kmeans.py --quick     # a few seconds: 3 data sets instead of 20
 
 The script prints the cluster sizes that each loss prefers, and then how well six methods find the
-groups. It writes hidden_prior.png, kmeans.png and results.json to the folder --out. The paper's
-propositions 1 to 4 say the same in formulas. They are in tests/test_propositions.py.
+groups. It writes hidden_prior.png, kmeans.png and results.json to the folder --out. The same
+command continues from there after a kill. The paper's propositions 1 to 4 say the same in formulas.
+They are in tests/test_propositions.py.
 """
 
 import argparse
 import itertools
 import math
-import tempfile
+import multiprocessing
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 import pmsn
-from experiments import Figure, made_by, number, print_any_text, save
+from experiments import (Figure, UserError, cell, number, number_of_seeds, print_any_text,
+                         run_or_continue, summarize)
 
 NUM_POINTS = 400
 DISTANCE = 2.2  # between the groups, whose standard deviations are 0.25 across and 1 along
 IMBALANCES = (1, 2, 5, 10, 20, 50)  # size of the large group : size of the small group
+THREE_SHARES = pmsn.power_law_prior(3, 1.0)  # PMSN's prior for the hidden prior of three clusters
 POWER_LAW, UNIFORM, KMEANS = "#d1495b", "#30638e", "#5c5c5c"  # one color per prior in all figures
-METHODS = {  # column of the table: label, color, line and marker in the figure
+METHODS = {  # name in the tables: label, color, line and marker in the figure
     "K-means": ("K-means", KMEANS, "-", "s"),
     "equal K-means": ("K-means, equal sizes", KMEANS, ":", "D"),
     "MSN": ("MSN (uniform prior)", UNIFORM, "-", "o"),
@@ -54,104 +57,107 @@ def two_groups(imbalance):
 # ---- K-means and PMSN: the best of several starts ------------------------------------------------
 def kmeans(points, k, *, starts=20, equal_sizes=False):
     """Lloyd's algorithm: points (N, d) -> clusters (N,) and their objective."""
-    best_objective, best_clusters = math.inf, None
-    for _ in range(starts):
-        centroids = points[torch.randperm(len(points))[:k]]  # (K, d)
-        objective = math.inf
-        while True:
-            distances = (points[:, None] - centroids).square().sum(dim=2)  # (N, K)
-            clusters = distances.argmin(dim=1)
-            if equal_sizes:
-                # For k = 2: the half that would lose most in cluster 1 goes to cluster 0.
-                preference = distances[:, 0] - distances[:, 1]
-                clusters = (preference > preference.median()).long()
-            previous, objective = objective, distances.gather(1, clusters[:, None]).sum().item()
-            if objective >= previous:
-                break
-            # A cluster without points keeps its centroid.
-            for cluster in clusters.unique():
-                centroids[cluster] = points[clusters == cluster].mean(dim=0)
-        if objective < best_objective:
-            best_objective, best_clusters = objective, clusters
-    return best_clusters, best_objective
+    # All starts run side by side. The first centroids of a start are k different points.
+    chosen = torch.rand(starts, len(points)).argsort(dim=1)[:, :k]
+    centroids = points[chosen]  # (starts, K, d)
+    lowest = torch.full((starts,), math.inf)
+    while True:
+        distances = (points[:, None] - centroids[:, None]).square().sum(dim=3)  # (starts, N, K)
+        clusters = distances.argmin(dim=2)  # (starts, N)
+        if equal_sizes:
+            # For k = 2: the half that would lose most in cluster 1 goes to cluster 0.
+            preference = distances[:, :, 0] - distances[:, :, 1]
+            clusters = (preference > preference.median(dim=1, keepdim=True).values).long()
+        objective = distances.gather(2, clusters[:, :, None]).sum(dim=(1, 2))  # (starts,)
+        if not (objective < lowest).any():
+            break
+        lowest = objective.minimum(lowest)
+        member = F.one_hot(clusters, k).to(points.dtype)  # (starts, N, K)
+        sizes = member.sum(dim=1)[:, :, None]  # (starts, K, 1)
+        # A cluster without points keeps its centroid.
+        centroids = torch.where(sizes > 0, member.mT @ points / sizes, centroids)
+    best = objective.argmin()
+    return clusters[best], objective[best].item()
 
 def fit_pmsn(points, prior, *, starts=8, steps=15, noise=0.15):
-    """PMSN with a linear encoder: points (N, 2), prior (2,) -> clusters (N,)."""
-    points = points - points.mean(dim=0)
-    best_loss, best_clusters = math.inf, None
-    first_angle = 2 * math.pi * torch.rand(())
-    for start in range(starts):
-        # Each start cuts the points along a line in a new direction, into the prior's sizes.
-        # The embedding of a point is (its signed distance to the line, 1).
-        angle = first_angle + 2 * math.pi * start / starts
-        direction = torch.stack([angle.cos(), angle.sin()])
-        threshold = torch.quantile(points @ direction, prior[0])
-        encoder = nn.Linear(2, 2)
-        encoder.weight.data = torch.stack([direction, torch.zeros(2)])
-        encoder.bias.data = torch.stack([-threshold, torch.ones(())])
-        prototypes = nn.Parameter(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
-        optimizer = torch.optim.SGD([*encoder.parameters(), prototypes], lr=0.3, momentum=0.8)
+    """PMSN with a linear encoder on D data sets: points (D, N, 2), prior (2,) -> clusters (D, N).
 
-        for _ in range(steps):
-            # Two views of a point are the point plus two different noises.
-            anchors = encoder(points + noise * torch.randn_like(points))
-            targets = encoder(points + noise * torch.randn_like(points))
-            loss, _ = pmsn.pmsn_loss(anchors, targets, prototypes, prior)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    A run is one start on one data set. All R = D * starts runs train side by side, because one
+    large tensor is much faster than many small ones. Their results are those of a loop over runs.
+    """
+    points = points - points.mean(dim=1, keepdim=True)
+    # Each start cuts the points along a line in a new direction, into the prior's sizes.
+    # The embedding of a point is (its signed distance to the line, 1).
+    angles = 2 * math.pi * (torch.rand(len(points), 1) + torch.arange(starts) / starts)
+    directions = torch.stack([angles.cos(), angles.sin()], dim=2)  # (D, starts, 2)
+    thresholds = torch.quantile(points @ directions.mT, prior[0], dim=1)  # (D, starts)
+    weights = torch.stack([directions, torch.zeros_like(directions)], dim=2).flatten(0, 1)
+    biases = torch.stack([-thresholds, torch.ones_like(thresholds)], dim=2).flatten(0, 1)
+    prototypes = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(len(weights), 1, 1)
+    parameters = [weights, biases, prototypes]  # (R, 2, 2), (R, 2), (R, 2, 2)
+    for parameter in parameters:
+        parameter.requires_grad_()
+    optimizer = torch.optim.SGD(parameters, lr=0.3, momentum=0.8)
 
-        # The start whose last loss is lowest gives the clusters.
-        if loss < best_loss:
-            best_loss = loss.item()
-            best_clusters = pmsn.cosine(encoder(points), prototypes).argmax(dim=1)
-    return best_clusters
+    points = points.repeat_interleave(starts, dim=0)  # (R, N, 2)
+    losses_of = torch.vmap(pmsn.pmsn_loss, in_dims=(0, 0, 0, None))  # All runs share the prior.
+    for _ in range(steps):
+        # Two views of a point are the point plus two different noises.
+        anchors = encode(points + noise * torch.randn_like(points), weights, biases)
+        targets = encode(points + noise * torch.randn_like(points), weights, biases)
+        losses, _ = losses_of(anchors, targets, prototypes, prior)  # (R,)
+        optimizer.zero_grad()
+        # A run's parameters are in its own loss only. So the gradient of the sum has the gradients
+        # of all runs, and no run changes another one.
+        losses.sum().backward()
+        optimizer.step()
+
+    # The start whose last loss is lowest gives the clusters of a data set.
+    cosines = torch.vmap(pmsn.cosine)(encode(points, weights, biases), prototypes)  # (R, N, 2)
+    clusters = cosines.argmax(dim=2).unflatten(0, (-1, starts))  # (D, starts, N)
+    best = losses.unflatten(0, (-1, starts)).argmin(dim=1)  # (D,)
+    return clusters[torch.arange(len(best)), best]
+
+def encode(points, weights, biases):
+    """A linear encoder per run: (R, N, 2), (R, 2, 2), (R, 2) -> (R, N, 2)."""
+    return points @ weights.mT + biases[:, None]
+
+def find_clusters(imbalance, seeds):
+    """Data sets, one per seed, and their clusters by all methods.
+
+    Returns points (D, N, 2), groups (N,), which are the same for all of them, and
+    {method: clusters (D, N)}.
+    """
+    data_sets, of_kmeans, of_equal_kmeans = [], [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        points, groups = two_groups(imbalance)
+        data_sets.append(points)
+        of_kmeans.append(kmeans(points, 2)[0])
+        of_equal_kmeans.append(kmeans(points, 2, equal_sizes=True)[0])
+    points = torch.stack(data_sets)
+    # Over two prototypes, the power law with this exponent has the shares imbalance : 1.
+    exponent = math.log2(imbalance)
+    return points, groups, {
+        "K-means": torch.stack(of_kmeans),
+        "equal K-means": torch.stack(of_equal_kmeans),
+        "MSN": fit_pmsn(points, pmsn.power_law_prior(2, 0.0)),
+        "PMSN matched": fit_pmsn(points, pmsn.power_law_prior(2, exponent)),
+        "PMSN half": fit_pmsn(points, pmsn.power_law_prior(2, 0.5 * exponent)),
+        "PMSN 1.5x": fit_pmsn(points, pmsn.power_law_prior(2, 1.5 * exponent)),
+    }
 
 # ---- Agreement with the true groups --------------------------------------------------------------
 def adjusted_rand_index(first, second):
     """Agreement of two partitions (N,): 1 if they are the same, 0 on average if they are random."""
-    # Which pairs of points does each partition put together? (Hubert and Arabie, 1985)
-    i, j = torch.triu_indices(len(first), len(first), offset=1)
-    first = (first[i] == first[j]).double()
-    second = (second[i] == second[j]).double()
-    both = (first * second).mean()
-    expected = first.mean() * second.mean()
-    largest = (first.mean() + second.mean()) / 2
-    return 1.0 if largest == expected else ((both - expected) / (largest - expected)).item()
-
-def sweep(imbalances, seeds):
-    """Cluster data sets with all methods, and print the agreement with the true groups.
-
-    Returns scores {method: {imbalance: [...]}} and examples {imbalance: (points, clusters)}.
-    """
-    scores = {method: {ratio: [] for ratio in imbalances} for method in METHODS}
-    examples = {}
-    began = time.time()
-    print(f"\nAdjusted Rand index with the true groups: mean ± std over {len(seeds)} data sets")
-    print(f"{'groups':<7}" + "".join(f"{method:>14}" for method in METHODS))
-    for done, ratio in enumerate(imbalances, 1):
-        # Over two prototypes, the power law with this exponent has the shares ratio : 1.
-        exponent = math.log2(ratio)
-        for seed in seeds:
-            torch.manual_seed(seed)
-            points, groups = two_groups(ratio)
-            found = {
-                "K-means": kmeans(points, 2)[0],
-                "equal K-means": kmeans(points, 2, equal_sizes=True)[0],
-                "MSN": fit_pmsn(points, pmsn.power_law_prior(2, 0.0)),
-                "PMSN matched": fit_pmsn(points, pmsn.power_law_prior(2, exponent)),
-                "PMSN half": fit_pmsn(points, pmsn.power_law_prior(2, 0.5 * exponent)),
-                "PMSN 1.5x": fit_pmsn(points, pmsn.power_law_prior(2, 1.5 * exponent)),
-            }
-            examples.setdefault(ratio, (points, found))
-            for method, clusters in found.items():
-                scores[method][ratio].append(adjusted_rand_index(groups, clusters))
-
-        row = [scores[method][ratio] for method in METHODS]
-        cells = [f"{np.mean(x):>7.2f} ± {np.std(x, ddof=1):.2f}" for x in row]
-        left = (time.time() - began) / done * (len(imbalances) - done)
-        print(f"{f'{ratio:g}:1':<7}" + "".join(cells) + f"  {left:3.0f} s left", flush=True)
-    return scores, examples
+    # How many pairs of points are together in both partitions, and in each? (Hubert and Arabie,
+    # 1985.) The table has the number of points in cluster k of the first and l of the second.
+    table = (F.one_hot(first).T @ F.one_hot(second)).double()  # (K, L)
+    counts = (table, table.sum(dim=1), table.sum(dim=0))
+    both, in_first, in_second = [(n * (n - 1) / 2).sum().item() for n in counts]
+    expected = in_first * in_second / math.comb(len(first), 2)
+    largest = (in_first + in_second) / 2
+    return 1.0 if largest == expected else (both - expected) / (largest - expected)
 
 # ---- The hidden prior: the cluster sizes that each loss prefers ----------------------------------
 def simplex(k):
@@ -186,37 +192,71 @@ def volume_terms(sizes, prior):
         "PMSN": matched["prior_kl"].item(),
     }
 
+def preferred_shares(prior):
+    """The shares of three clusters at which the term of each loss is smallest: {loss: [...]}."""
+    # Two cuts divide 33 points into three clusters. We try all of them. The uniform sizes
+    # (11, 11, 11) and the sizes of a prior with exponent 1, (18, 9, 6), are among them.
+    cuts = itertools.combinations(range(1, 33), 2)
+    sizes = [torch.tensor([0, *cut, 33]).diff() for cut in cuts]
+    terms = [volume_terms(n, prior) for n in sizes]
+    best = {loss: np.argmin([row[loss] for row in terms]) for loss in terms[0]}
+    return {loss: (sizes[place] / 33).tolist() for loss, place in best.items()}
+
+# ---- The runs of a job ---------------------------------------------------------------------------
+def experiment(imbalance, args):
+    """A run per method and data set with this imbalance.
+
+    The imbalance None stands for the hidden prior: a run per loss.
+    """
+    torch.set_num_threads(1)  # The tensors are small, and the jobs are side by side.
+    if imbalance is None:
+        names = ("share_1", "share_2", "share_3")
+        return [{"loss": loss, "results": dict(zip(names, shares))}
+                for loss, shares in preferred_shares(THREE_SHARES).items()]
+    _, groups, found = find_clusters(imbalance, args.seeds)
+    return [{"seed": seed, "method": method, "imbalance": imbalance,
+             "results": {"adjusted_rand_index": adjusted_rand_index(groups, clusters)}}
+            for method, of_data_sets in found.items()
+            for seed, clusters in zip(args.seeds, of_data_sets)]
+
 # ---- Figures -------------------------------------------------------------------------------------
-def plot_kmeans(scores, examples, imbalance, path):
-    """Figure 1 of the paper with two more columns, and the scores over all imbalances."""
+def plot_kmeans(summary, imbalance, seed, path):
+    """Figure 1 of the paper with two more columns, and the mean scores over all imbalances.
+
+    The clusters of the data set `seed` are not in the file of results. They are found once more
+    here, and the noise of MSN and PMSN is another one.
+    """
     figure = Figure(figsize=(12, 6.8), layout="constrained")
     grid = figure.add_gridspec(2, 4, width_ratios=[1, 1, 1, 3.2])
     for row, ratio in enumerate((1, imbalance)):
-        points, found = examples[ratio]
+        data_sets, groups, found = find_clusters(ratio, [seed])
+        points = data_sets[0]
         for column, method in enumerate(("K-means", "MSN", "PMSN matched")):
             label, color, _, _ = METHODS[method]
+            clusters = found[method][0]
             axes = figure.add_subplot(grid[row, column])
             # The cluster of the rightmost point is filled.
-            filled = found[method] == found[method][points[:, 0].argmax()]
+            filled = clusters == clusters[points[:, 0].argmax()]
             axes.scatter(*points[~filled].T, s=14, facecolor="white", edgecolor=color, lw=0.7)
             axes.scatter(*points[filled].T, s=18, color=color, marker="^", lw=0)
             axes.axvline(DISTANCE / 2, color="black", linestyle=":")
             axes.set(xlim=(-1.4, 3.6), ylim=(-3.6, 3.6), xticks=[], yticks=[], aspect="equal")
             axes.set_title(label.replace(" (", "\n("), color=color)
-            score = f"{scores[method][ratio][0]:.2f}".replace("-0.00", "0.00")
+            score = f"{adjusted_rand_index(groups, clusters):.2f}".replace("-0.00", "0.00")
             axes.set_xlabel(f"groups {ratio:g} : 1\nadjusted Rand {score}")
 
     axes = figure.add_subplot(grid[:, 3])
+    ratios = sorted({ratio for _, ratio in summary})
+    seeds = number_of_seeds(summary)
     for method, (label, color, line, marker) in METHODS.items():
-        ratios = list(scores[method])
-        values = np.array(list(scores[method].values()))  # (imbalances, seeds)
-        error = values.std(axis=1, ddof=1) / math.sqrt(values.shape[1])
-        axes.errorbar(ratios, values.mean(axis=1), error, color=color, linestyle=line,
-                      marker=marker, label=label, capsize=2)
+        scores = [summary[method, ratio]["adjusted_rand_index"] for ratio in ratios]
+        errors = [score["std"] / math.sqrt(seeds) for score in scores]
+        axes.errorbar(ratios, [score["mean"] for score in scores], errors, color=color,
+                      linestyle=line, marker=marker, label=label, capsize=2)
     axes.set(xscale="log", ylim=(-0.05, 1.28), yticks=np.arange(0, 1.1, 0.2),
              xlabel="size of the large group : size of the small group",
              title="Agreement with the true groups: adjusted Rand index,\n"
-             f"mean ± standard error over {values.shape[1]} data sets")
+             f"mean ± standard error over {seeds} data sets")
     axes.set_xticks(ratios, [f"{ratio:g}:1" for ratio in ratios])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="upper center", ncols=2)
@@ -259,40 +299,41 @@ def main(argv=None):
                         help="imbalance in the figure's second row (default: %(default)s)")
     parser.add_argument("--out", type=Path, default="runs/kmeans",
                         help="folder for results and figures (default: %(default)s)")
+    parser.add_argument("--workers", type=number(int, 1), default=multiprocessing.cpu_count(),
+                        help="processes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="use 3 data sets, 2 imbalances")
     args = parser.parse_args(argv)
-    began, maker = time.time(), made_by()
-    torch.set_num_threads(1)  # The tensors are small, and threads would wait for each other.
-    seeds = list(range(args.seed, args.seed + (3 if args.quick else 20)))
+    began = time.monotonic()
+    torch.set_num_threads(1)  # For the figures: threads would wait for each other.
+    args.seeds = list(range(args.seed, args.seed + (3 if args.quick else 20)))
     imbalances = sorted({*((1, 10) if args.quick else IMBALANCES), args.imbalance})
+    config = {"seed": args.seed, "quick": args.quick, "prior": THREE_SHARES.tolist()}
+    jobs = [(imbalance,) for imbalance in (None, *imbalances)]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        # If we cannot write here, the user should know it before the sweep.
-        tempfile.TemporaryFile(dir=args.out).close()
-
-        # Two cuts divide 33 points into three clusters. We try all of them. The uniform sizes
-        # (11, 11, 11) and the prior's sizes (18, 9, 6) are among them.
-        prior = pmsn.power_law_prior(3, 1.0)
-        cuts = itertools.combinations(range(1, 33), 2)
-        sizes = [torch.tensor([0, *cut, 33]).diff() for cut in cuts]
-        terms = [volume_terms(n, prior) for n in sizes]
-        print("Shares of three clusters at which the term that prevents collapse is smallest")
-        preferred = {}
-        for method in terms[0]:
-            best = np.argmin([row[method] for row in terms])
-            preferred[method] = (sizes[best] / 33).tolist()
-            print(f"{method:<7}", *[f"{share:.3f}" for share in preferred[method]])
-
-        scores, examples = sweep(imbalances, seeds)
-        results = {"config": vars(args), "made_by": [maker],
-                   "seconds": round(time.time() - began), "adjusted_rand_index": scores,
-                   "preferred_shares": preferred, "prior": prior.tolist()}
-        save(results, args.out / "results.json")
-        plot_hidden_prior(args.out / "hidden_prior.png")
-        plot_kmeans(scores, examples, args.imbalance, args.out / "kmeans.png")
+        runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
     except OSError as error:
         parser.error(f"cannot write to --out {args.out} ({error}). Choose another folder")
-    print(f"\n{args.out}: hidden_prior.png kmeans.png results.json")
+    except UserError as error:
+        parser.error(str(error))
+
+    print("\nShares of three clusters at which the term that prevents collapse is smallest")
+    for run in runs:
+        if "loss" in run:
+            print(f"{run['loss']:<7}", *[f"{share:.3f}" for share in run["results"].values()])
+    summary = summarize([run for run in runs if "method" in run],
+                        key=lambda run: (run["method"], run["imbalance"]))
+    print("\nAdjusted Rand index with the true groups: mean ± std over "
+          f"{number_of_seeds(summary)} data sets")
+    print(f"{'groups':<7}" + "".join(f"{method:>16}" for method in METHODS))
+    for ratio in imbalances:
+        cells = [cell(summary[method, ratio], "adjusted_rand_index") for method in METHODS]
+        print(f"{f'{ratio:g}:1':<7}" + "".join(f"{text:>16}" for text in cells))
+
+    plot_hidden_prior(args.out / "hidden_prior.png")
+    plot_kmeans(summary, args.imbalance, args.seed, args.out / "kmeans.png")
+    print(f"\nAfter {time.monotonic() - began:.0f} s, results.json, hidden_prior.png and "
+          f"kmeans.png are in {args.out}")
 
 if __name__ == "__main__":
     print_any_text()

@@ -79,18 +79,22 @@ def with_priors_named(runs):
     return [{**run, "exponent": PRIORS[run["exponent"]]} for run in runs]
 
 def kmeans(name):
-    runs = [{"method": method, "results": dict(zip(scores, of_data_set))}
-            for method, scores in load(name)["adjusted_rand_index"].items()
-            for of_data_set in zip(*scores.values())]
-    sizes = {size: f"{float(size):g}:1" for size in runs[0]["results"]}
-    return table_of(runs, {"method": "sizes of the groups"}, sizes)
+    """A row per method, and a column per imbalance."""
+    runs = [run for run in load(name)["runs"] if "method" in run]
+    summary = summarize(runs, key=lambda run: (run["method"], run["imbalance"]))
+    methods = dict.fromkeys(method for method, _ in summary)
+    imbalances = sorted({imbalance for _, imbalance in summary})
+    rows = [[method, *(cell(summary[method, imbalance], "adjusted_rand_index")
+                       for imbalance in imbalances)] for method in methods]
+    sizes = [f"{imbalance:g}:1" for imbalance in imbalances]
+    return markdown(["sizes of the groups", *sizes], rows)
 
 def kmeans_shares(name):
     content = load(name)
-    rows = {**content["preferred_shares"], "the prior of PMSN": content["prior"]}
-    return markdown(["method", "shares of three clusters"],
-                    [[method, " ".join(f"{share:.3f}" for share in row)]
-                     for method, row in rows.items()])
+    columns = {"share_1": "share of cluster 1", "share_2": "cluster 2", "share_3": "cluster 3"}
+    prior = {"loss": "the prior of PMSN", "results": dict(zip(columns, content["config"]["prior"]))}
+    runs = [run for run in content["runs"] if "loss" in run]
+    return table_of([*runs, prior], {"loss": "loss"}, columns)
 
 CORNER = {"long_tailed": "long-tailed", "exponent": "prior"}
 WITH_CHOICE = {**CORNER, "chosen": "the lower loss has the"}  # another row if a seed chose another
@@ -320,10 +324,11 @@ def about(name):
     content = load(name)
     maker, runs = content["made_by"][-1], content.get("runs", [])
     commits = ", ".join(dict.fromkeys(maker["commit"] for maker in content["made_by"]))
-    seeds = sorted({run["seed"] for run in runs})
+    seeds = sorted({run["seed"] for run in runs if "seed" in run})
     jobs = {str(run["job"]): run["job_seconds"] for run in runs if "job" in run}
-    time = f"{sum(jobs.values()) / 60:.0f} minutes of one core" if jobs else (
-        f"{content['seconds']} s")
+    seconds = sum(jobs.values()) if jobs else content["seconds"]
+    time = f"{seconds / 60:.0f} minutes" if jobs and seconds >= 100 else f"{seconds} s"
+    time += " of one core" if jobs else ""
     command = re.sub(r" --(out|workers) \S+", "", maker["command"])
     return ((f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
             + f"`{command}`, commit {commits}, {maker['machine']}, torch {maker['torch']}, {time}.")

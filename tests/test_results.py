@@ -63,6 +63,25 @@ after
     with Image.open(tmp_path / "figures" / "example.png") as image:
         assert image.text["results"] == make.digest("example") and image.size == (30, 20)
 
+def test_tables_of_kmeans(monkeypatch):
+    """Jobs end in any order. Two seeds by hand: .9 ± .14 and 0."""
+    scores = {10: {"K-means": (0.0, 0.0), "MSN": (0.5, 0.5)},
+              2: {"K-means": (0.8, 1.0), "MSN": (1.0, 1.0)}}
+    runs = [{"seed": seed, "method": method, "imbalance": imbalance,
+             "results": {"adjusted_rand_index": score}}
+            for imbalance, of_methods in scores.items()
+            for method, of_seeds in of_methods.items() for seed, score in enumerate(of_seeds)]
+    shares = {"share_1": 0.25, "share_2": 0.25, "share_3": 0.5}
+    runs.insert(4, {"loss": "SimCLR", "results": shares})
+    content = {"config": {"prior": [0.5, 0.3, 0.2]}, "runs": runs}
+    monkeypatch.setattr(make, "load", lambda name: content)
+    assert make.kmeans("any").splitlines() == [
+        "| sizes of the groups | 2:1 | 10:1 |", "| --- | --- | --- |",
+        "| K-means | 0.900 ± 0.141 | 0.000 ± 0.000 |",
+        "| MSN | 1.000 ± 0.000 | 0.500 ± 0.000 |"]
+    assert make.kmeans_shares("any").splitlines()[2:] == [
+        "| SimCLR | 0.250 | 0.250 | 0.500 |", "| the prior of PMSN | 0.500 | 0.300 | 0.200 |"]
+
 def test_tables_of_which_prior(tmp_path, monkeypatch):
     """Gains are paired by seed, by hand. One line has runs from two files."""
     monkeypatch.setattr(make, "FOLDER", tmp_path)
