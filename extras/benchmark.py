@@ -2,29 +2,26 @@
 
     python extras/benchmark.py --gpu_check      # is everything right? A few minutes on a GPU
     python extras/benchmark.py --count          # FLOPs, memory and hours on 8 GPUs, without a GPU
-    python extras/benchmark.py --data FOLDER    # any folder with images, also in its subfolders
-    python extras/benchmark.py                  # 64 synthetic JPEGs of 500 x 375 pixels
-    python extras/benchmark.py --quick          # 8 of them
+    python extras/benchmark.py --data FOLDER    # speed, with the images in and below any folder
+    python extras/benchmark.py                  # speed, with 64 synthetic JPEGs of 500 x 375 pixels
+    python extras/benchmark.py --quick          # speed, with 8 of them
 
 --gpu_check compares bfloat16 with float32, compiled with plain, the GPU with the CPU, and a run of
 train_inat.py that is killed and restarted with one that is not. Each check prints one line: a
 number, the bound that it must keep, and ok or FAILED. If a check failed, the exit status is 1.
 Without a GPU it runs on the CPU with a small network, which shows that the script itself works.
 
-The last three commands show where the time goes. The usual pipeline makes every view of an image
-with PIL, in a worker of the data loader. Ours decodes and crops in the worker (pmsn.multi_crop).
-Colors and blur are for the GPU, for all images of a mini-batch at once (pmsn.make_views).
-All results are printed, and no file is kept.
+The last three commands show where the time goes. A worker of the data loader decodes an image and
+makes its crops (pmsn.multi_crop). Colors and blur are for the GPU, for all images of a mini-batch
+at once (pmsn.make_views). All results are printed, and no file is kept.
 """
 
 import argparse
 import contextlib
 import datetime
-import functools
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -38,13 +35,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from torchvision.transforms import v2
 
 # The other scripts are in the folder above, and are not installed.
@@ -55,7 +50,7 @@ from train_inat import (MODELS, checkpoint_activations, compile_encoders, decode
 
 TRAIN_INAT = Path(__file__).resolve().parents[1] / "train_inat.py"
 
-# ---- Data ----------------------------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------
 def draw_images(folder, count):
     """JPEGs of smooth noise with some grain, so that decoding them is as much work as a photo."""
     for i in range(count):
@@ -64,53 +59,26 @@ def draw_images(folder, count):
         image = v2.functional.to_pil_image((smooth + grain).clamp(0, 1))
         image.save(Path(folder) / f"{i}.jpg", quality=95)
 
-class Images(Dataset):
-    """Items pipeline(path). It goes through the paths again and again, up to `count` items."""
+class Crops(Dataset):
+    """What a worker makes: `count` items pmsn.multi_crop(image, **options).
 
-    def __init__(self, paths, pipeline, count):
-        self.paths, self.pipeline, self.count = paths, pipeline, count
+    After the last image follows the first one again. With the default options an item is
+    [target (1, 3, 224, 224), masked (1, 3, 224, 224), small (10, 3, 96, 96)], uint8.
+    """
+
+    def __init__(self, paths, count, **options):
+        self.paths, self.count, self.options = paths, count, options
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
-        return self.pipeline(self.paths[index % len(self.paths)])
+        return pmsn.multi_crop(decode(self.paths[index % len(self.paths)]), **self.options)
 
-def make_batch(paths, pipeline, images, device):
-    """Collated items of a pipeline, on the device: [(B, views, 3, S, S), ...] with B = `images`."""
-    items = Images(paths, pipeline, images)
-    return [crops.to(device) for crops in default_collate([items[i] for i in range(images)])]
-
-# ---- Two pipelines: path -> [target (1, 3, S, S), rand (1, 3, S, S), focal (10, 3, s, s)] --------
-def open_image(path):
-    """A PIL image, which torchvision's classes take. Ours goes on with a tensor."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-def our_pipeline(path, **options):
-    """Crops by pmsn.multi_crop with these options, uint8."""
-    return pmsn.multi_crop(decode(path), **options)
-
-def usual_pipeline(path):
-    image = open_image(path)
-    large, small = usual_view(224, (0.3, 1.0)), usual_view(96, (0.05, 0.3))
-    focal = torch.stack([small(image) for _ in range(10)])
-    return [large(image)[None], large(image)[None], focal]
-
-def usual_view(size, scale):
-    """The random view of MSN by the classes of torchvision: PIL image -> (3, size, size)."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, scale),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
-        transforms.RandomGrayscale(0.2),
-        transforms.RandomApply([blur], 0.5),
-        transforms.ToTensor(),
-        transforms.Normalize(pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD),
-    ])
-
-def blur(image):
-    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+def load_crops(paths, count, device, **options):
+    """Crops of `count` images as a batch on the device: [(count, views, 3, S, S), ...]."""
+    items = Crops(paths, count, **options)
+    return [crops.to(device) for crops in default_collate([items[i] for i in range(count)])]
 
 # ---- One core ------------------------------------------------------------------------------------
 def benchmark_core(paths, repeats):
@@ -125,20 +93,17 @@ def benchmark_core(paths, repeats):
             times.append(time.process_time() - began)
         return 1000 * min(times) / len(paths)
 
-    crops = make_batch(paths, our_pipeline, len(paths), "cpu")
-    usual, ours = milliseconds(usual_pipeline, paths), milliseconds(our_pipeline, paths)
-    colors = milliseconds(pmsn.make_views, [crops])
+    crops = load_crops(paths, len(paths), "cpu")
     rows = {
-        "usual pipeline, in a worker": usual,
-        "ours, in a worker": ours,
-        "decoding, a part of both": milliseconds(decode, paths),
-        "ours, colors and blur without a GPU": colors,
-        "ours, all of it without a GPU": ours + colors,
+        "decoding": milliseconds(decode, paths),
+        "decoding and crops, in a worker": milliseconds(
+            lambda path: pmsn.multi_crop(decode(path)), paths),
+        "colors and blur, without a GPU": milliseconds(pmsn.make_views, [crops]),
     }
     title = f"one core, {len(paths)} images, 12 views each"
-    print(f"{title:<40} {'ms per image':>14} {'share':>8}")
+    print(f"{title:<40} {'ms per image':>14}")
     for name, value in rows.items():
-        print(f"{name:<40} {value:>14.2f} {value / usual:>8.2f}")
+        print(f"{name:<40} {value:>14.2f}")
 
 # ---- The training step, as in train_inat.py ------------------------------------------------------
 def make_model(vit, image_size=224, patch_size=16):
@@ -150,8 +115,8 @@ def make_train_step(model):
     """A function of views that does a whole step: forward, backward, AdamW and moving average."""
     device = model.prototypes.device
     cuda = device.type == "cuda"
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=cuda)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=cuda)
 
     def train_step(views):
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
@@ -169,7 +134,7 @@ def synchronize():
         torch.cuda.synchronize()
 
 def calls_per_second(function, items, warmup):
-    """Calls function(item) for all items. The first `warmup` calls are not timed."""
+    """Call function(item) for all items. The clock starts after the first `warmup` calls."""
     for i, item in enumerate(items):
         if i == warmup:
             synchronize()
@@ -193,34 +158,29 @@ def benchmark_gpu(paths, args):
     if args.compile:
         compile_encoders(model)
 
-    def our_views(batch):
-        return pmsn.make_views([crops.to(device, non_blocking=True) for crops in batch])
+    def views_and_step(crops):
+        train_step(pmsn.make_views([crop.to(device, non_blocking=True) for crop in crops]))
 
-    def usual_views(batch):  # (B, views, 3, S, S) -> (views * B, 3, S, S)
-        views = [x.to(device, non_blocking=True) for x in batch]
-        return [x.transpose(0, 1).flatten(0, 1) for x in views]
-
-    batch = make_batch(paths, our_pipeline, args.batch_size, device)
+    crops = load_crops(paths, args.batch_size, device)
     best = matrix_rate(device, 8192)
-    alone = args.batch_size * calls_per_second(train_step, [our_views(batch)] * 25, warmup=5)
+    alone = args.batch_size * calls_per_second(train_step, [pmsn.make_views(crops)] * 25, warmup=5)
     torch.cuda.reset_peak_memory_stats()
-    with_views = args.batch_size * calls_per_second(
-        lambda crops: train_step(our_views(crops)), [batch] * 25, warmup=5)
+    with_views = args.batch_size * calls_per_second(views_and_step, [crops] * 25, warmup=5)
     memory = torch.cuda.max_memory_allocated() / 2**30
+    # The workers load two batches each ahead of the step, and the warmup uses these up.
+    images = Crops(paths, 7 * args.workers * args.batch_size)
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers, pin_memory=True)
+    from_files = args.batch_size * calls_per_second(views_and_step, loader,
+                                                    warmup=3 * args.workers)
+
     print(f"\n{torch.cuda.get_device_name()}, {args.model}, batch {args.batch_size}, bf16, "
           f"compile: {args.compile}, {args.workers} workers, peak memory {memory:.1f} GiB")
-    print(f"{'':<40} {'images per s':>14} {'waiting':>8}")
+    print(f"{'':<40} {'images per s':>14}")
     print(f"{'step alone':<40} {alone:>14.0f}")
-    print(f"{'step with make_views':<40} {with_views:>14.0f}")
-    pipelines = [("ours, from files", our_pipeline, our_views, with_views),
-                 ("usual pipeline, from files", usual_pipeline, usual_views, alone)]
-    for name, pipeline, make_views, limit in pipelines:
-        # The workers load two batches each ahead of the step, and the warmup uses these up.
-        images = Images(paths, pipeline, 7 * args.workers * args.batch_size)
-        loader = DataLoader(images, args.batch_size, num_workers=args.workers, pin_memory=True)
-        rate = args.batch_size * calls_per_second(
-            lambda crops: train_step(make_views(crops)), loader, warmup=3 * args.workers)
-        print(f"{name:<40} {rate:>14.0f} {max(0, 1 - rate / limit):>8.1%}")
+    print(f"{'step, colors and blur':<40} {with_views:>14.0f}")
+    print(f"{'step, colors and blur, from files':<40} {from_files:>14.0f}")
+    print(f"With images from files, the GPU waits {max(0, 1 - from_files / with_views):.1%} of the "
+          "time.")
     print(f"The step alone has {flops * alone / best:.0%} of the measured bf16 matrix rate, "
           f"which is {best / 1e12:.0f} TFLOP/s.")
 
@@ -232,7 +192,7 @@ INAT_IMAGES, EPOCHS = 437_513, 300
 @contextlib.contextmanager
 def shapes_only():
     """Inside, tensors have shapes but no values: a step takes neither memory nor arithmetic."""
-    # pmsn checks the values of a prior, and here it has none.
+    # pmsn.check_prior looks at the values of a prior, and here it has none.
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(pmsn, "check_prior"):
         yield
 
@@ -281,22 +241,25 @@ def count_step(vit):
     trained, target    numbers of parameters
     """
     model = make_model(vit)
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    target = [p.numel() for p in model.parameters() if not p.requires_grad]
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    target = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     counts = {}
     with shapes_only():
         model.to_empty(device="cpu")
         for name in ("plain", "checkpointed"):
             if name == "checkpointed":
                 checkpoint_activations(model)
-            # Activations are a + b * images, so two numbers of images give a and b.
+            # A step keeps a fixed number of bytes, and some more for each image. So steps with two
+            # and with four images differ by the bytes of two images, and the others are fixed.
             two, four = [saved_bytes(model, empty_views(images)) for images in (2, 4)]
+            per_image = (four - two) / 2
+            fixed = two - 2 * per_image
             counts[name] = {
                 "flops": count_flops(model, empty_views(2)) / 2,
-                "activations": (four - two) / 2,
-                "fixed": 2 * two - four,
-                "trained": sum(trained),
-                "target": sum(target),
+                "activations": per_image,
+                "fixed": fixed,
+                "trained": trained,
+                "target": target,
             }
     # With checkpointing a block keeps its input only, which it has in common with its neighbor.
     saved = counts["plain"]["activations"] - counts["checkpointed"]["activations"]
@@ -324,7 +287,8 @@ def memory_parts(count, images, gpus):
 def print_counts():
     """A table for ViT-S and ViT-B with patches of 16 pixels: FLOPs, memory, hours on 8 H100."""
     images = BATCH // GPUS
-    columns, table = [], {}
+    columns = []  # (model, plain or checkpointed)
+    table = {}  # {name of a row: its cell in each column}
     for model in ("vit_small", "vit_base"):
         for kind, count in count_step(MODELS[model]).items():
             columns.append((model, kind))
@@ -367,51 +331,50 @@ CHECK_IMAGES = 8
 def gpu_check(paths, folder, args):
     """Run all checks, print a line for each, and return the number of failed ones.
 
-    A check is a generator of rows (name, measured number, relation, bound). If it raises an error,
-    this is one more failed row, and the next check follows.
+    A check is a generator, and each of its rows is printed as soon as it is there. If a check
+    raises an error, this is one more failed row, and the next check follows.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda:0" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     size = LARGE if cuda and not args.quick else SMALL
+    # A generator does nothing until the loop below asks for its first row.
     checks = {
-        "bfloat16 against float32": lambda: precision_rows(paths, device, size),
-        "checkpointed and compiled against plain": lambda: compile_rows(paths, device, size),
-        "views on this device against the CPU": lambda: view_rows(paths, device, size),
-        "one process of DDP against none": lambda: process_rows(paths, device, size, folder),
-        "train_inat.py: killed and restarted": lambda: restart_rows(paths, device, size, folder),
-        "speed and memory": lambda: speed_rows(paths, device, size, args),
+        "bfloat16 against float32": precision_rows(paths, device, size),
+        "checkpointed and compiled against plain": compile_rows(paths, device, size),
+        "views on this device against the CPU": view_rows(paths, device, size),
+        "one process of DDP against none": process_rows(paths, device, size, folder),
+        "train_inat.py: killed and restarted": restart_rows(paths, device, size, folder),
+        "speed and memory": speed_rows(paths, device, size, args),
     }
     name = torch.cuda.get_device_name() if cuda else "CPU, because there is no CUDA GPU"
     print(f"{name}, torch {torch.__version__}\n{'':<62} {'measured':>9}    bound")
-    began, count, failed = time.time(), 0, 0
-    for title, check in checks.items():
+    began = time.perf_counter()
+    results = []  # True for each row that keeps its bound
+    for title, rows in checks.items():
         print(title, flush=True)
-        rows = check()
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                break
-            except Exception as error:
-                traceback.print_exc()
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                line, ok = f"  {'stopped by an error':<60} {'-':>9}    {'-':<9}", False
-                word = f"FAILED {reason[:200]}"
-            else:
-                line, ok = judge(*row)
-                word = "ok" if ok else "FAILED"
-            print(f"{line} {word}", flush=True)
-            count, failed = count + 1, failed + (not ok)
-    print(f"{failed} of {count} failed, in {time.time() - began:.0f} seconds")
+        try:
+            for row in rows:
+                results.append(print_row(*row))
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"  {'stopped by an error':<60} {'-':>9}    {'-':<9} FAILED {reason[:200]}",
+                  flush=True)
+            results.append(False)
+    failed = results.count(False)
+    seconds = time.perf_counter() - began
+    print(f"{failed} of {len(results)} failed, in {seconds:.0f} seconds")
     return failed
 
-def judge(name, value, relation, bound):
-    """The line of a row without its last word, and whether the number keeps its bound."""
+def print_row(name, value, relation, bound):
+    """Print a row. Returns whether its number keeps its bound."""
     # Every comparison with nan is false, so nan fails.
     ok = {"<=": value <= bound, ">=": value >= bound, "==": value == bound}[relation]
-    return f"  {name:<60} {value:>9.3g} {relation} {bound:<9.3g}", ok
+    print(f"  {name:<60} {value:>9.3g} {relation} {bound:<9.3g} {'ok' if ok else 'FAILED'}",
+          flush=True)
+    return ok
 
 def relative_difference(x, reference):
     """norm(x - reference) / norm(reference), for tensors of any shape."""
@@ -422,9 +385,8 @@ def make_check(paths, device, size):
     """A model with random weights and views of images, the same ones in every call."""
     torch.manual_seed(0)
     model = make_model(size["vit"], size["image_size"], size["patch_size"]).to(device)
-    pipeline = functools.partial(our_pipeline, rand_size=size["image_size"],
-                                 focal_size=size["focal_size"], focal_views=1)
-    crops = make_batch(paths, pipeline, CHECK_IMAGES, device)
+    crops = load_crops(paths, CHECK_IMAGES, device, rand_size=size["image_size"],
+                       focal_size=size["focal_size"], focal_views=1)
     return model, crops, pmsn.make_views(crops)
 
 def run_step(network, views, bfloat16=False):
@@ -439,9 +401,10 @@ def run_step(network, views, bfloat16=False):
 
 def flat_gradient(module):
     """The gradients of all trained weights, one after the other, (n,)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.cat([p.grad.flatten() for p in trained])
+    return torch.cat([weight.grad.flatten() for weight in module.parameters()
+                      if weight.requires_grad])
 
+# ---- The six checks. Each row is (name, measured number, relation, bound) ------------------------
 def precision_rows(paths, device, size):
     """bfloat16 autocast against float32: the encoder, the loss, and a whole step."""
     model, _, views = make_check(paths, device, size)
@@ -556,10 +519,10 @@ def view_rows(paths, device, size):
     views = pmsn.make_views(crops)
     torch.manual_seed(0)
     expected = pmsn.make_views([crop.cpu() for crop in crops])
-    for name, x, y in zip(("target", "masked", "small"), views, expected):
+    for name, view, on_cpu in zip(("target", "masked", "small"), views, expected):
         # Normalized pixels lie between -2.2 and 2.7. On a CPU, float32 and float64 differ by 1e-6,
         # and a blur with TF32 convolutions would differ by about 1e-3.
-        difference = (x.cpu() - y).abs().max().item()
+        difference = (view.cpu() - on_cpu).abs().max().item()
         yield f"make_views, {name} view: largest difference", difference, "<=", 1e-4
 
 def process_rows(paths, device, size, folder):
@@ -596,16 +559,16 @@ def process_rows(paths, device, size, folder):
 def restart_rows(paths, device, size, folder):
     """Two epochs of train_inat.py. One run is killed after its first checkpoint, then restarted."""
     cuda = device.type == "cuda"
-    # Four steps per epoch: in longer runs the rounding errors of a GPU would grow too much.
-    steps, batch = 4, 64 if size is LARGE else 16
-    folder = Path(folder)
-    link_images(paths, folder / "images" / "train", steps * batch)
-    link_images(paths, folder / "images" / "val", batch)
-    flags = {"data": folder / "images", "epochs": 2, "batch_size": batch,
-             "image_size": size["image_size"], "patch_size": size["patch_size"],
-             "focal_size": size["focal_size"], "model": "vit_small", "workers": 4}
+    flags = {"model": "vit_small", "batch_size": 64, "workers": 4}
     if size is SMALL:
-        flags.update(model="vit_micro", focal_views=2, prototypes=16, workers=1)
+        flags = {"model": "vit_micro", "batch_size": 16, "workers": 1, "focal_views": 2,
+                 "prototypes": 16}
+    folder = Path(folder)
+    flags.update(data=folder / "images", epochs=2, image_size=size["image_size"],
+                 patch_size=size["patch_size"], focal_size=size["focal_size"])
+    # Four steps per epoch: in longer runs the rounding errors of a GPU would grow too much.
+    link_images(paths, folder / "images" / "train", 4 * flags["batch_size"])
+    link_images(paths, folder / "images" / "val", flags["batch_size"])
     command = [sys.executable, TRAIN_INAT]
     for name, value in flags.items():
         command += [f"--{name}", value]
@@ -658,10 +621,10 @@ def run_training(command, out, kill=False):
         process = subprocess.Popen([*map(str, command), "--out", out], stdout=file, stderr=file,
                                    env=environment, start_new_session=True)
     deadline = time.monotonic() + 150
-    killed = False
     try:
-        while process.poll() is None and not killed:
-            killed = time.monotonic() > deadline or kill and (out / "checkpoint.pt").exists()
+        while process.poll() is None and time.monotonic() < deadline:
+            if kill and (out / "checkpoint.pt").exists():
+                break
             time.sleep(0.01)
     finally:
         # The session of the process has its data loaders too.
@@ -687,7 +650,7 @@ def speed_rows(paths, device, size, args):
     counts = count_step(MODELS[args.model])["plain"]
     before = torch.cuda.memory_allocated()
     model = make_model(MODELS[args.model]).to(device)
-    crops = make_batch(paths, our_pipeline, args.batch_size, device)
+    crops = load_crops(paths, args.batch_size, device)
     train_step = make_train_step(model)
     if args.compile:
         compile_encoders(model)
@@ -716,10 +679,9 @@ def main(argv=None):
     add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="default: all cores")
     add("--compile", action="store_true", help="use torch.compile on the GPU")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="default: 0")
-    add("--quick", action="store_true", help="8 images, once")
+    add("--quick", action="store_true", help="8 images, and a small network for the check")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
     if args.count:
         print_counts()
         return
@@ -732,8 +694,7 @@ def main(argv=None):
         if not paths:
             parser.error(f"--data {args.data} has no images (.jpg, .jpeg or .png)")
         if args.gpu_check:
-            failed = gpu_check(paths, folder, args)
-            sys.exit(1 if failed else 0)
+            sys.exit(1 if gpu_check(paths, folder, args) else 0)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         benchmark_core(paths[:count], repeats)

@@ -1,4 +1,4 @@
-"""extras/imbalance.py against NumPy and by hand, whole runs of it, and extras/benchmark.py."""
+"""extras/imbalance.py against NumPy and by hand, and whole runs of it."""
 
 import itertools
 import json
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-import benchmark
 import imbalance
 import pmsn
 
@@ -359,10 +358,3 @@ def test_msn_is_tested_with_its_target_and_pmsn_has_any_order(name, any_order, m
     encoder = imbalance.train(name, images, sampler, 0, args)
     model, options = seen[-1]
     assert encoder is model.target_encoder and options.get("any_order", False) == any_order
-
-def test_the_benchmark_prints_its_table(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    benchmark.main(["--quick"])
-    rows = re.findall(r"^(.+?) {2,}([\d.]+) +[\d.]+$", capsys.readouterr().out, re.MULTILINE)
-    usual, ours, decoding, colors, total = [float(milliseconds) for _, milliseconds in rows]
-    assert 0 < decoding < ours < 0.5 * usual and total == pytest.approx(ours + colors, abs=0.02)
