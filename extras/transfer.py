@@ -7,9 +7,9 @@
     python extras/transfer.py --quick                     # tiny, runs train_inat.py --quick itself
 
 An encoder is encoder.pt or checkpoint.pt of train_inat.py (its target encoder), a checkpoint of
-MSN, weights of a vision transformer of timm that expect the mean and the standard deviation of
-ImageNet, or `random`: untrained weights in the shape of the last file in --encoder. Every --task
-needs one folder in --data (see TASKS below):
+MSN, DINO or MAE, weights of a vision transformer of timm that expect the mean and the standard
+deviation of ImageNet, or `random`: untrained weights in the shape of the last file in --encoder.
+Every --task needs one folder in --data (see TASKS below):
 
     folder        classes of ImageNet, Places205, or your own images (inat18: of iNaturalist 2018)
     cifar100      classes of CIFAR-100
@@ -28,6 +28,8 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import sys
 import time
 from functools import partial
@@ -129,27 +131,84 @@ TASKS = {
 }
 
 # ---- Encoders and their features -----------------------------------------------------------------
+# Checkpoints have their weights below one of these keys. The keys of the first line are for moving
+# averages of the weights below the others, so they are better if a file has both.
+WEIGHT_SETS = ("target_encoder", "teacher", "state_dict_ema", "model_ema",
+               "state_dict", "model", "student", "encoder")
+# What DistributedDataParallel, DINO and pmsn.PMSN put before the names of the encoder's weights.
+PREFIXES = ("module.", "backbone.", "target_encoder.")
+# What is beside the encoder: heads of MSN (fc, pred), of timm and DINO (head), MAE's decoder.
+OTHER_PARTS = ("fc.", "pred.", "head.", "mask_token", "decoder_")
+# Many checkpoints hold the flags of their training, which are data and run no code.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+def read_weights(path):
+    """The encoder's weights in a file, {name: tensor}, with the names that timm gives them.
+
+    Raises an error of one line that says what is wrong with the file.
+    """
+    try:
+        weights = load_file(path)
+    except (pickle.UnpicklingError, EOFError) as error:
+        # The message of torch is long, and begins with advice.
+        refused = re.search(r"GLOBAL ([\w.]+) w", str(error))  # "was not allowed", "whose module"
+        if refused:
+            raise ValueError(f"the file has a Python object of the class {refused[1]}; save only "
+                             "its weights") from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        raise ValueError("torch.load cannot read the file "
+                         f"({reason or 'it is empty or ends too early'})") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"the file has a {type(weights).__name__} instead of a dict of weights")
+    while sets := [key for key in WEIGHT_SETS if isinstance(weights.get(key), dict)]:
+        if len(sets) > 1 and rank() == 0:
+            print(f"{path} has several sets of weights: we take {sets[0]}, not "
+                  f"{' or '.join(sets[1:])}")
+        weights = weights[sets[0]]
+    # torch.compile puts _orig_mod before the names in whatever it has compiled: the whole network,
+    # or each block.
+    weights = {str(name).replace("_orig_mod.", ""): weight for name, weight in weights.items()
+               if isinstance(weight, torch.Tensor)}
+    # Prefixes come in any order and number. Each pass takes one off, and leaves out what does not
+    # have it: that is another part of the network.
+    while "patch_embed.proj.weight" not in weights:
+        prefix = next((prefix for prefix in PREFIXES
+                       if any(name.startswith(prefix) for name in weights)), None)
+        if prefix is None:
+            found = ", ".join(weights)[:60] or "no tensors"
+            raise ValueError("expected names as in encoder.pt, such as patch_embed.proj.weight, "
+                             f"and found {found}")
+        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
+                   if name.startswith(prefix)}
+    return {name: weight for name, weight in weights.items() if not name.startswith(OTHER_PARTS)}
+
 def load_encoder(path):
     """A vision transformer with the weights of a file. Its shape follows from the weights."""
-    state = load_file(path)
-    for key in ("target_encoder", "model", "state_dict"):  # of checkpoints of MSN, ours, and others
-        state = state.get(key, state)
-    # These prefixes come from DistributedDataParallel, from torch.compile, and from pmsn.PMSN.
-    for prefix in ("module.", "_orig_mod.", "target_encoder.", "_orig_mod."):
-        inner = {name.removeprefix(prefix): weight for name, weight in state.items()
-                 if name.startswith(prefix)}
-        state = inner or state
-    heads = ("fc.", "pred.", "head.")  # the first two of MSN, the last one of timm
-    state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
-    if "patch_embed.proj.weight" not in state:
-        raise ValueError("expected names like patch_embed.proj.weight and blocks.0.norm1.weight, "
-                         "with or without the prefix target_encoder., as encoder.pt has them. "
-                         f"Found {', '.join(list(state)[:2])}")
-    dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    grid = math.isqrt(state["pos_embed"].shape[1])  # rounds down: one more is for CLS
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    weights = read_weights(path)
+    shape = weights["patch_embed.proj.weight"].shape  # (embed_dim, 3, patch_size, patch_size)
+    if len(shape) != 4:
+        raise ValueError(f"patch_embed.proj.weight has the shape {tuple(shape)}, which is not that "
+                         "of a convolution over images")
+    dim, patch_size = shape[0], shape[-1]
+    if "pos_embed" not in weights:
+        raise ValueError("there are no position embeddings (pos_embed)")
+    if dim not in NUM_HEADS:
+        raise ValueError(f"we do not know the number of heads for features of {dim} numbers, only "
+                         f"for {', '.join(map(str, NUM_HEADS))}")
+    # A square of patches has an embedding per patch, and one more is for the CLS token. The root
+    # of both together rounds down to the side of the square.
+    grid = math.isqrt(weights["pos_embed"].numel() // dim)
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     encoder = pmsn.VisionTransformer(grid * patch_size, patch_size, dim, depth, NUM_HEADS[dim])
-    encoder.load_state_dict(state)
+    # load_state_dict would list all differences, and they can be hundreds.
+    found, expected = [{name: tuple(weight.shape) for name, weight in state.items()}
+                       for state in (weights, encoder.state_dict())]
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has the shape {found.get(wrong[0], 'none')} in the file and "
+                         f"{expected.get(wrong[0], 'none')} in a plain vision transformer. "
+                         f"{len(wrong)} weights differ")
+    encoder.load_state_dict(weights)
     return encoder
 
 def random_encoder(like, seed):
@@ -201,11 +260,11 @@ def load_features(path, num_images, device):
 
 def progress(loader, title):
     """The batches of the loader. Prints how many are done, and the time that is left."""
-    began = time.time()
+    began = time.perf_counter()
     for i, batch in enumerate(loader, start=1):
         yield batch
         if i % 20 == 0 or i == len(loader):
-            left = (time.time() - began) * (len(loader) / i - 1)
+            left = (time.perf_counter() - began) * (len(loader) / i - 1)
             print(f"{title}: {i:>6} of {len(loader)} batches {left:>7.0f}s left", flush=True)
 
 # ---- Classifiers: features (N, d), labels (N,), test features (Q, d) -> classes (Q,) -------------
@@ -237,8 +296,10 @@ def low_shot(features, labels, test_features):
     """
     features, test_features = [F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
                                for x in (features, test_features)]
+    # There is one column of weights per number from 0, and labels can have large gaps.
+    classes, labels = labels.unique(return_inverse=True)
     weight, _ = pmsn.logistic_regression(features, labels, penalty=0.0025, with_bias=False)
-    return (test_features @ weight).argmax(dim=1)
+    return classes[(test_features @ weight).argmax(dim=1)]
 
 def predict(features, labels, test_features, args):
     """{classifier: predictions (draws, Q)}, with one draw except for --shots, and the penalty."""
@@ -312,6 +373,13 @@ def plot(differences, encoders):
     return figure
 
 # ---- Command line --------------------------------------------------------------------------------
+def one_line(error):
+    """What an error says, in one line of at most 200 characters."""
+    text = str(error)
+    if not isinstance(error, (OSError, ValueError)):
+        text = f"{type(error).__name__}: {text}"  # KeyError, for example, only has the key.
+    return " ".join(text.split())[:200]
+
 def parse(argv):
     """The arguments, {name: encoder} and [(name, task, folder, training, test)] of all tasks."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
@@ -342,21 +410,23 @@ def parse(argv):
              for task, data in zip(args.task, args.data)]
     if len({*names}) < len(names) or len({*args.encoder}) < len(args.encoder):
         parser.error("the same --task, or folder of the same name, or --encoder, is given twice")
-    encoders, like, tasks = {}, pmsn.VisionTransformer(), []
+    encoders, like, tasks = {}, None, []
     for name in args.encoder:
         try:
             if name != "random":
                 encoders[name] = like = load_encoder(name)
         except Exception as error:  # whatever a wrong file can cause
-            parser.error(f"--encoder {name} has no weights of a vision transformer: {error!r:.200}")
-    encoders = {name: encoders[name] if name in encoders else random_encoder(like, args.seed)
-                for name in args.encoder}
+            parser.error(f"--encoder {name} has no weights of a vision transformer that can be "
+                         f"read: {one_line(error)}")
+    if "random" in args.encoder:
+        encoders["random"] = random_encoder(like or pmsn.VisionTransformer(), args.seed)
+    encoders = {name: encoders[name] for name in args.encoder}  # in the order of the command line
     for name, task, data in zip(names, args.task, args.data):
         read, layout = TASKS[task]
         try:
             tasks.append((name, task, data, *read(data)))
         except Exception as error:  # whatever a wrong folder can cause
-            parser.error(f"--data {data} must have {layout} for {task}: {error!r:.200}")
+            parser.error(f"--data {data} must have {layout} for {task}: {one_line(error)}")
     return args, encoders, tasks
 
 def main(argv=None):

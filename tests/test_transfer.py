@@ -1,14 +1,17 @@
 """extras/transfer.py: official layouts in miniature, classifiers against scikit-learn, a run."""
 
+import argparse
 import hashlib
 import json
 import pickle
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 
 import pmsn
@@ -111,6 +114,111 @@ def test_weights_of_timm_msn_and_checkpoints(wrap, head, tmp_path):
     other = transfer.random_encoder(encoder, 0)
     assert other(images).shape == (2, 192) and not torch.equal(other(images), encoder(images))
 
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(0)
+    return pmsn.VisionTransformer(16, 8, 96, 1, 3).state_dict()
+
+def zeros(weights):
+    return {name: 0 * weight for name, weight in weights.items()}
+
+def assert_loads(content, weights, path):
+    """The encoder of a file with this content has these weights, bit for bit."""
+    torch.save(content, path)
+    found = transfer.load_encoder(path).state_dict()
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, atol=0, rtol=0, msg=name)
+
+@pytest.mark.parametrize("prefix", [
+    "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod.",
+    "_orig_mod.module.target_encoder.", "target_encoder._orig_mod.module.", "module.backbone."])
+def test_prefixes_of_wrappers_in_any_order(prefix, weights, tmp_path):
+    """Names without the prefix belong to other parts of the network, and are left out."""
+    content = {prefix + name: weight for name, weight in weights.items()}
+    content |= {"n_averaged": torch.tensor(3), "predictor.weight": torch.ones(2)}
+    assert_loads(content, weights, tmp_path / "weights.pt")
+
+@pytest.mark.parametrize("start, compiled", [("", "_orig_mod."),
+                                             ("blocks.0.", "blocks.0._orig_mod.")])
+def test_the_encoder_or_its_blocks_are_compiled(start, compiled, weights, tmp_path):
+    content = {compiled + name.removeprefix(start) if name.startswith(start) else name: weight
+               for name, weight in weights.items()}
+    assert any("_orig_mod" in name for name in content)
+    assert_loads(content, weights, tmp_path / "weights.pt")
+
+@pytest.mark.parametrize("raw, average", [
+    ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("student", "teacher"),
+    ("encoder", "target_encoder")])
+def test_of_two_sets_of_weights_the_average_is_taken(raw, average, weights, tmp_path, capsys):
+    path = tmp_path / "last.pth.tar"
+    assert_loads({raw: zeros(weights), average: weights, "epoch": 3}, weights, path)
+    assert capsys.readouterr().out == (
+        f"{path} has several sets of weights: we take {average}, not {raw}\n")
+    # With one set only, whichever it is, there is nothing to say.
+    for content in ({raw: weights}, {raw: weights, average: None}, {average: weights}):
+        assert_loads(content, weights, path)
+    assert capsys.readouterr().out == ""
+
+@pytest.mark.parametrize("library", ["timm", "MAE", "DINO"])
+def test_checkpoints_hold_the_flags_of_their_training(library, weights, tmp_path):
+    """As these three write them: argparse.Namespace beside the weights, and parts of their own."""
+    args = argparse.Namespace(lr=0.1, model="vit", betas=(0.9, 0.95), sizes=[224, 96], resume=None,
+                              distributed=True, nested=argparse.Namespace(seed=0))
+    if library == "timm":
+        content = {"epoch": 3, "arch": "vit", "metric": 71.5, "args": args,
+                   "state_dict": {**weights, "head.weight": torch.ones(5, 96)}}
+    elif library == "MAE":
+        decoder = {"mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 96),
+                   "decoder_blocks.0.norm1.weight": torch.ones(8)}
+        content = {"model": {**weights, **decoder}, "optimizer": {"state": {}}, "args": args}
+    else:
+        teacher = {f"backbone.{name}": weight for name, weight in weights.items()}
+        teacher["head.mlp.0.weight"] = torch.ones(8, 96)
+        student = {f"module.{name}": 0 * weight for name, weight in teacher.items()}
+        content = {"student": student, "teacher": teacher, "args": args}
+    assert_loads(content, weights, tmp_path / "checkpoint.pth")
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda state: {"model": state, "args": Fraction(1, 2)},
+     "the file has a Python object of the class fractions.Fraction; save only its weights"),
+    (lambda state: [state], "the file has a list instead of a dict of weights"),
+    (lambda state: {"epoch": 3}, "expected names as in encoder.pt, such as patch_embed.proj.weight,"
+                                 " and found no tensors"),
+    (lambda state: {f"layer{i}.weight": torch.ones(1) for i in range(99)},
+     "expected names as in encoder.pt, such as patch_embed.proj.weight, and found layer0.weight, "),
+    (lambda state: {**state, "reg_token": torch.ones(1, 4, 96)},
+     "reg_token has the shape (1, 4, 96) in the file and none in a plain vision transformer. 1 "),
+    (lambda state: {name: x for name, x in state.items() if not name.startswith("norm.")},
+     "norm.weight has the shape none in the file and (96,) in a plain vision transformer. 2 "),
+    (lambda state: {**state, "pos_embed": torch.ones(1, 7, 96)},
+     "pos_embed has the shape (1, 7, 96) in the file and (1, 5, 96) in a plain vision"),
+    (lambda state: {name: x for name, x in state.items() if name != "pos_embed"},
+     "there are no position embeddings (pos_embed)"),
+    (lambda state: {**state, "patch_embed.proj.weight": torch.ones(96, 192)},
+     "patch_embed.proj.weight has the shape (96, 192), which is not that of a convolution"),
+    (lambda state: {**state, "patch_embed.proj.weight": torch.ones(100, 3, 8, 8)},
+     "we do not know the number of heads for features of 100 numbers, only for 96, 192, "),
+    (lambda state: b"# no weights", "torch.load cannot read the file (Unsupported operand 35)"),
+    (lambda state: b"", "torch.load cannot read the file (it is empty or ends too early)")])
+def test_why_a_file_is_refused_is_one_short_line(change, reason, weights, tmp_path, capsys):
+    path, content = tmp_path / "weights.pt", change(weights)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(SystemExit, match="^2$"):
+        transfer.main(["--encoder", str(path), "--task", "folder", "--data", "x", "--out",
+                       str(tmp_path)])
+    start = f"--encoder {path} has no weights of a vision transformer that can be read: "
+    _, line = capsys.readouterr().err.split(start, 1)
+    assert line.startswith(reason) and line.count("\n") == 1 and len(line) < 202
+
+def test_errors_in_one_line():
+    assert transfer.one_line(KeyError("scenes")) == "KeyError: 'scenes'"
+    assert transfer.one_line(OSError(2, "no such file", "x")) == "[Errno 2] no such file: 'x'"
+    assert transfer.one_line(ValueError("a\n\tb" + 300 * "c")) == "a b" + 197 * "c"
+
 # ---- Classifiers ---------------------------------------------------------------------------------
 def test_classifiers_equal_scikit_learns():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the oracle")
@@ -124,8 +232,10 @@ def test_classifiers_equal_scikit_learns():
     unit, test_unit = [z - z.mean(dim=1, keepdim=True) for z in (x[:60], test_x)]
     unit, test_unit = [z / z.norm(dim=1, keepdim=True) for z in (unit, test_unit)]
     oracle = linear_model.LogisticRegression(C=400, fit_intercept=False, max_iter=9999, tol=1e-8)
-    oracle.fit(unit, y[:60])
-    predicted = transfer.low_shot(x[:60], y[:60], test_x)
+    # The labels can be keys of a data base. A column for each number up to them fits no memory.
+    keys = 10**12 * y[:60] + 7
+    oracle.fit(unit, keys)
+    predicted = transfer.low_shot(x[:60], keys, test_x)
     assert (predicted.numpy() == oracle.predict(test_unit)).mean() > 0.99
 
 def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
@@ -172,7 +282,19 @@ def test_scores_and_differences_by_hand():
 # ---- Whole runs ----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
-    """It starts with train_inat.py --quick, which starts anew after an interrupted run."""
+    """It starts with train_inat.py --quick, which starts anew after an interrupted run.
+
+    Here it has a third of its images, and the figures of the training are empty.
+    """
+    fake_data, savefig = torchvision.datasets.FakeData, Figure.savefig
+
+    def draw(figure, file, **options):
+        is_ours = any("is better in" in text.get_text() for text in figure.texts)
+        savefig(figure if is_ours else Figure(figsize=(1, 1)), file, **options)
+
+    monkeypatch.setattr(torchvision.datasets, "FakeData",
+                        lambda count, *shape: fake_data(count // 3, *shape))
+    monkeypatch.setattr(Figure, "savefig", draw)
     folder = tmp_path / "train_inat"
     (folder / "quick_images").mkdir(parents=True)
     write(folder / "checkpoint.pt", "half a file")
