@@ -28,30 +28,29 @@ for the KL, and Sinkhorn.
 (the loss of every try).
 """
 
-import argparse
 import copy
 import functools
 import itertools
 import math
-import multiprocessing
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageFont, ImageOps
 from torch import nn
-from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 
 import pmsn
-from experiments import (Figure, UserError, cell, finite, made_by, number, number_of_seeds, parse,
-                         print_any_text, run_in_processes, save, summarize)
-import matplotlib  # after train_inat, which experiments.py imports: see there
+from support.drawings import (SIZE, WIDTHS, background_view, digit_view, draw_digits, draw_gratings,
+                              make_encoder, make_head, make_pmsn, sample, schedule, shrink)
+from support.evaluation import agreement, nearest_neighbors, purity
+from support.figures import Figure, write_figure
+from support.images import IMAGE_ENDINGS, open_image
+from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.runs import (Distinct, Parser, UserError, available_cores, command, folder, load_file,
+                          number, say, write_whole)
 
-SIZE = 32  # pixels per side of an image
 # What a network sees: the first row, the first column, and the pixels per side.
 DIGIT, BACKGROUND, WHOLE = (0, 0, 16), (16, 16, 16), (0, 0, SIZE)
 LABELS = ("digit", "background")
@@ -59,12 +58,12 @@ LINES = {"exact": ("exact grouping", ":"), "lowest": ("best grouping found", "-"
 EXPONENT = 1.0  # of the long-tailed feature, and of the power-law prior
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # the exponents of --curve
 BATCH_SIZE, DIM = 256, 32  # images per batch, dimension of the embeddings
-WIDTHS = (16, 32, 64)  # channels of the encoder
 # Settings that depend on the data. `deform` is how much a digit is deformed in each view, and
 # `contrast` is the contrast of the backgrounds, both from 0 to 1.
 SYNTHETIC = {"deform": 0.3, "contrast": 0.8, "images": 15360, "epochs": 6, "loss_options": {}}
 MNIST = {"deform": 0.05, "contrast": 1.0, "images": 30720, "epochs": 6,
          "loss_options": {"prior_weight": 3.0, "sinkhorn_iterations": 3}}
+
 
 # ---- Data: gray images (N, 1, h, w) and labels (N,) ----------------------------------------------
 def load_digits(args):
@@ -76,29 +75,14 @@ def load_digits(args):
     # Only one font: groups of letters in different fonts would have sizes that fit any prior.
     return [draw_digits("DejaVuSans")] * 2
 
-def draw_digits(font):
-    images = draw("0123456789", [font], (40, 29))  # All digits get the same height.
-    return shrink(F.pad(images / 255, (0, 0, 5, 6))), torch.arange(10)
-
-def shrink(images):
-    return v2.functional.resize(images, 20, antialias=True)
-
-def draw(characters, fonts, size):
-    """White on black, in fonts that come with matplotlib: (fonts * characters, 1, h, w), uint8."""
-    images = []
-    for name, character in itertools.product(fonts, characters):
-        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 40)
-        mask = font.getmask(character)
-        image = ImageOps.pad(Image.frombytes("L", mask.size, bytes(mask)), size)
-        images.append(v2.functional.pil_to_tensor(image))
-    return torch.stack(images)
 
 def load_backgrounds(args):
     """Ten backgrounds (10, 1, h, w): gratings, or the first image of each class of CIFAR-10."""
     if args.mnist:
         gray = v2.Compose([v2.Grayscale(), v2.Resize(SIZE), v2.CenterCrop(SIZE), v2.PILToTensor()])
         if args.backgrounds:
-            data = torchvision.datasets.ImageFolder(args.backgrounds, gray)
+            data = torchvision.datasets.DatasetFolder(args.backgrounds, open_image, IMAGE_ENDINGS,
+                                                      transform=gray)
         else:
             data = torchvision.datasets.CIFAR10(args.root, transform=gray, download=True)
         labels, first = np.unique(data.targets, return_index=True)
@@ -109,24 +93,6 @@ def load_backgrounds(args):
         return 0.5 + 0.35 * (images - mean) / std.clamp_min(1)  # the contrast of the gratings
     return draw_gratings()
 
-def draw_gratings():
-    """Ten gratings of 64 x 64 pixels, in [0, 1]. One and the next are unlike."""
-    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    images = []
-    for i in range(10):
-        period, angle = (4, 9)[i % 2], i % 5 * math.pi / 5
-        across = x * math.cos(angle) + y * math.sin(angle)
-        images.append(0.5 + 0.5 * torch.sin(math.tau / period * across))
-    return torch.stack(images)[:, None]
-
-def sample(labels, exponent, count):
-    """Random indices of `count` images. The label k = 0, 1 ... has the frequency (k + 1)^-exponent.
-
-    So 0 is the most frequent digit, with all seeds.
-    """
-    frequencies = pmsn.power_law_prior(int(labels.max()) + 1, exponent)
-    weights = (frequencies / labels.bincount())[labels]
-    return weights.multinomial(count, replacement=True)
 
 def make_view(digits, backgrounds, settings):
     """Digits in a black square over backgrounds, randomly changed: (B, 1, 32, 32) in about [-1, 1].
@@ -137,69 +103,13 @@ def make_view(digits, backgrounds, settings):
     crop(images, DIGIT)[:] = digit_view(digits, settings["deform"])
     return 2 * (images + 0.05 * torch.randn_like(images)) - 1
 
+
 def crop(images, window):
     row, column, size = window
     return images[:, :, row : row + size, column : column + size]
 
-def digit_view(digits, deform, size=16):
-    """Digits, randomly deformed, (B, 1, size, size). At `deform` 0 nothing is random."""
-    # Each view is deformed anew. If both views were deformed alike, a frequent digit could be split
-    # by its deformation at no cost, and the uniform prior would prefer the digit too.
-    angle = random_numbers(digits, math.radians(20) * deform)
-    shear = random_numbers(digits, 0.25 * deform)
-    scale = random_numbers(digits, 0.15 * deform, 2, 1).exp()
-    shift = random_numbers(digits, 0.2 * deform, 2, 1)
-    # An elastic change: 4 x 4 random offsets, smooth in between.
-    bend = random_numbers(digits, 0.12 * deform, 2, 4, 4)
-    bend = F.interpolate(bend, size=size, mode="bicubic", align_corners=True)
-    digits = warp(digits, size, angle, shear, scale, shift, bend.permute(0, 2, 3, 1))
-    # The width of the stroke: a random threshold on the slightly blurred digit.
-    ink = (digits + F.avg_pool2d(digits, 3, stride=1, padding=1)) / 2
-    threshold = 0.4 + random_numbers(digits, 0.2 * deform, 1, 1, 1)
-    return torch.sigmoid(12 * (ink - threshold))
-
-def background_view(backgrounds):
-    """A random crop, turned by up to 3 degrees: (B, 1, h, w) -> (B, 1, 32, 32)."""
-    if backgrounds.shape[-1] > SIZE:
-        # About 32 of the 64 pixels per side of a grating, at most 1.6 pixels from its middle.
-        scale = 0.5 + random_numbers(backgrounds, 0.025, 1, 1)
-        shift = random_numbers(backgrounds, 0.05, 2, 1)
-    else:
-        scale = 0.85 + random_numbers(backgrounds, 0.15, 1, 1)
-        shift = 0.9 * (1 - scale) * random_numbers(backgrounds, 1, 2, 1)
-    angle = random_numbers(backgrounds, math.radians(3))
-    return warp(backgrounds, SIZE, angle, 0, scale, shift)
-
-def random_numbers(images, reach, *shape):  # (B, *shape) in [-reach, reach], for B images
-    return torch.empty(len(images), *shape).uniform_(-reach, reach)
-
-def warp(images, size, angle, shear, scale, shift, bend=0):
-    """Images with `size` pixels per side, whose pixel x shows the place A x + shift + bend.
-
-    A is scale * R(angle) @ [[1, shear], [0, 1]].
-    """
-    cos, sin = angle.cos(), angle.sin()
-    matrix = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=1)
-    affine = torch.cat([scale * matrix.view(-1, 2, 2), shift], dim=2)  # (B, 2, 3)
-    grid = F.affine_grid(affine, (len(images), 1, size, size), align_corners=False)
-    return F.grid_sample(images, grid + bend, padding_mode="border", align_corners=False)
 
 # ---- Model ---------------------------------------------------------------------------------------
-def make_encoder(size):
-    """Convolutions, then one layer on all positions: (B, 1, size, size) -> (B, 128)."""
-    layers = []
-    for inputs, outputs, kernel in zip((1, *WIDTHS), WIDTHS, (4, 3, 3)):
-        layers += [nn.Conv2d(inputs, outputs, kernel, stride=2), LayerNorm2d(outputs), nn.GELU()]
-    # Without padding, a position of the last feature map sees exactly 16 x 16 pixels, and the next
-    # one is 8 pixels away. So a window gives one position, and an image gives 3 x 3 of them.
-    positions = (size // 8 - 1) ** 2
-    # The mean over the positions would lose where the digit is.
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(WIDTHS[-1] * positions, 128))
-
-def make_head(dim):
-    """(B, 128) -> (B, dim)"""
-    return nn.Sequential(nn.Linear(128, dim), nn.BatchNorm1d(dim, affine=False))
-
 class WindowPMSN(nn.Module):
     """PMSN on one window of the images. Each try has its own head and prototypes.
 
@@ -224,6 +134,7 @@ class WindowPMSN(nn.Module):
         losses, _ = torch.vmap(loss, in_dims=(1, 1, 0))(anchors, targets, self.prototypes)
         return losses
 
+
 @torch.no_grad()
 def widen(model, best):
     """The best try of a model, for whole images. At first it computes exactly the same."""
@@ -247,26 +158,19 @@ def widen(model, best):
     whole.prototypes.copy_(model.prototypes[best : best + 1])
     return whole
 
-# ---- Training ------------------------------------------------------------------------------------
-def schedule(done):
-    """Learning rate, sharpening and EMA momentum when this share of the training is done."""
-    warmup = min(1, 20 * done + 0.02)
-    decay = 0.55 + 0.45 * math.cos(math.pi * done)  # from 1 to 0.1
-    # Soft targets and a fast target network let the first clusters still change.
-    sharpening = max(0.25, 0.6 - 0.5 * done)
-    ema_momentum = 0.9 + 0.09 * min(1, 1.5 * done)
-    return 2e-3 * warmup * decay, sharpening, ema_momentum
 
+# ---- Training ------------------------------------------------------------------------------------
 def schedule_of_whole_images(done):
     lr, _, _ = schedule(done)
     return lr / 2, 0.25, 0.99
+
 
 def train(models, schedule_of, epochs, data, settings, title):
     """Train all models on the same batches and views. Returns their losses in the last epoch."""
     # `data` has (images, indices into them) of the digits and of the backgrounds, without labels.
     steps_per_epoch = settings["images"] // BATCH_SIZE
     optimizers = [torch.optim.AdamW(model.parameters(), weight_decay=0.05) for model in models]
-    began = time.time()
+    began = time.monotonic()
     for epoch in range(epochs):
         losses = [torch.zeros(len(model.prototypes)) for model in models]  # (tries,) each
         for step, batch in enumerate(torch.randperm(settings["images"]).split(BATCH_SIZE)):
@@ -284,14 +188,15 @@ def train(models, schedule_of, epochs, data, settings, title):
                 optimizer.step()
                 pmsn.move_target(model.target, model.network, ema_momentum)
                 total += loss.detach() / steps_per_epoch
-        left = (time.time() - began) * (epochs / (epoch + 1) - 1)
+        left = (time.monotonic() - began) * (epochs / (epoch + 1) - 1)
         lowest = "".join(f"{loss.min():>7.3f}" for loss in losses)
-        print(f"{title}{epoch + 1:>6}{left:>6.0f}s {lowest}", flush=True)
+        say(f"{title}{epoch + 1:>6}{left:>6.0f}s {lowest}")
     return losses
+
 
 # ---- One experiment ------------------------------------------------------------------------------
 def experiment(seed, long_tailed, args):
-    """One seed, with all priors: -> its entries in results.json, and the images of figure 3."""
+    """One seed, with all priors: its runs. The images of figure 3 go to a file."""
     torch.set_num_threads(1)  # faster here, and the same bits for any number of processes
     torch.manual_seed(seed)
     settings = make_settings(args)
@@ -335,16 +240,20 @@ def experiment(seed, long_tailed, args):
     records, pictures = [], {}
     for final in finals:
         exponent = final.exponent
-        save(as_pmsn(final).state_dict(), model_path(args.out, long_tailed, exponent, seed))
+        weights = as_pmsn(final).state_dict()
+        write_whole(model_path(args.out, long_tailed, exponent, seed),
+                    lambda path: torch.save(weights, path))
         results, features = measure(final, test, seen, queries)
         tries = {name: losses[exponent, name].tolist() for name in windows}
         results |= {f"{name}_loss": min(values) for name, values in tries.items()}
         records.append({"seed": seed, "long_tailed": long_tailed, "exponent": exponent,
-                        "chosen": chosen[exponent], "results": finite(results), "tries": tries})
+                        "chosen": chosen[exponent], "results": results, "tries": tries})
         _, first = np.unique(test["digit"], return_index=True)  # an image of each digit
-        _, nearest = pmsn.nearest_neighbors(features[first[::2]], features, 9)
-        pictures[exponent] = {what: test[what][nearest].numpy() for what in ("images", *LABELS)}
-    return records, pictures
+        _, nearest = nearest_neighbors(features[first[::2]], features, 9)
+        pictures[exponent] = {what: test[what][nearest] for what in ("images", *LABELS)}
+    write_whole(pictures_path(args.out, long_tailed, seed), lambda path: torch.save(pictures, path))
+    return records
+
 
 def make_settings(args):
     settings = dict(MNIST if args.mnist else SYNTHETIC)
@@ -353,23 +262,32 @@ def make_settings(args):
         settings |= {"images": 7680, "epochs": 4}
     return settings
 
+
 def class_exponent(feature, long_tailed):
     return EXPONENT if feature == long_tailed else 0.0
+
 
 def model_path(folder, long_tailed, exponent, seed):
     return folder / f"model_{long_tailed}_{exponent:g}_{seed}.pt"
 
+
+def pictures_path(folder, long_tailed, seed):
+    return folder / f"pictures_{long_tailed}_{seed}.pt"
+
+
+def load_pictures(folder, seed):
+    return {(long_tailed, exponent): picture for long_tailed in LABELS
+            for exponent, picture in load_file(pictures_path(folder, long_tailed, seed)).items()}
+
+
 def as_pmsn(final):
     """The only try of a network on whole images, as a model of pmsn.py."""
-    model = make_model(make_encoder(SIZE), 10, final.exponent)
+    model = make_pmsn(make_encoder(SIZE), 10, final.exponent, DIM)
     model.encoder, model.head = final.network
     model.target_encoder, model.target_head = final.target
     model.prototypes = nn.Parameter(final.prototypes[0].detach())
     return model
 
-def make_model(encoder, num_prototypes, exponent, dim=DIM):  # also for extras
-    prior = pmsn.power_law_prior(num_prototypes, exponent)
-    return pmsn.PMSN(encoder, prior, head=make_head(dim), output_dim=dim, patch_drop=0.0)
 
 # ---- Measures ------------------------------------------------------------------------------------
 def draw_other_fonts(backgrounds, settings):
@@ -379,6 +297,7 @@ def draw_other_fonts(backgrounds, settings):
     index = torch.arange(20).repeat(50)
     backgrounds = backgrounds[torch.randint(10, index.shape)]
     return make_view(glyphs[index], backgrounds, settings), torch.cat(labels)[index]
+
 
 @torch.no_grad()
 def measure(final, test, seen, queries):
@@ -393,28 +312,10 @@ def measure(final, test, seen, queries):
         results[f"prototype_{what}"] = purity(prototype, seen[what])
     if queries:
         images, labels = queries
-        _, nearest = pmsn.nearest_neighbors(encoder(images), features, 10)
+        _, nearest = nearest_neighbors(encoder(images), features, 10)
         results["other_font"] = (test["digit"][nearest] == labels[:, None]).float().mean().item()
     return results, features
 
-def agreement(features, labels):
-    """Share of the 10 nearest neighbors, without the image itself, that have its label."""
-    _, nearest = pmsn.nearest_neighbors(features, features, 11)
-    return (labels[nearest[:, 1:]] == labels[:, None]).float().mean().item()
-
-def purity(groups, labels, weights=None):
-    """The share of images that have the most frequent label of their group.
-
-    Groups (N,) and labels (N,) are integers. This is a weighted mean over the groups, with their
-    sizes as weights if there are no `weights` (groups,). With these it is at least the share of the
-    most frequent label: .34 for a long-tailed feature.
-    """
-    if weights is None:
-        weights = groups.bincount() / len(groups)
-    counts = torch.zeros(len(weights), int(labels.max()) + 1)
-    counts.index_put_((groups, labels), torch.ones(()), accumulate=True)
-    most_frequent = counts.amax(dim=1) / counts.sum(dim=1).clamp_min(1)
-    return (weights @ most_frequent).item()
 
 # ---- What a loss could be at best ----------------------------------------------------------------
 def reference_losses(of_classes, of_prior, any_order):
@@ -433,6 +334,7 @@ def reference_losses(of_classes, of_prior, any_order):
     found = loss_of_grouping(find_grouping(shares, prior), batches, prior, any_order).item()
     return {"exact": exact, "lowest": min(exact, found)}
 
+
 def loss_of_grouping(table, batches, prior, any_order=True, sharpening=0.25):
     """The mean loss over batches (n, classes) if an image of class c has the logits table[c]."""
     log_p = table.log_softmax(dim=1)  # (classes, K)
@@ -444,6 +346,7 @@ def loss_of_grouping(table, batches, prior, any_order=True, sharpening=0.25):
     cross_entropy = batches @ -(p_target * log_p).sum(dim=1)
     prior_kl = (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum(dim=1)
     return (cross_entropy + prior_kl).mean()
+
 
 def find_grouping(shares, prior, tries=100, steps=400):
     """A grouping of classes with these shares with a low loss: logits (classes, K).
@@ -466,13 +369,15 @@ def find_grouping(shares, prior, tries=100, steps=400):
     p_bar = shares @ best.softmax(dim=1)
     return best[:, p_bar.argsort(descending=True)]
 
+
 # ---- Figures -------------------------------------------------------------------------------------
 def should_choose(long_tailed, exponent):
     """The feature that matches the prior."""
     balanced = "background" if long_tailed == "digit" else "digit"
     return long_tailed if exponent else balanced
 
-def plot_neighbors(pictures, summary, path):
+
+def plot_neighbors(pictures, summary):
     """Figure 3, two by two: which feature is long-tailed, and which prior."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -480,14 +385,14 @@ def plot_neighbors(pictures, summary, path):
     for row, long_tailed in zip(axes, LABELS):
         for ax, exponent in zip(row, (0.0, EXPONENT)):
             shown, found = pictures[long_tailed, exponent], summary[long_tailed, exponent]
-            same = {what: shown[what] == shown[what][:, :1] for what in LABELS}  # (5, 9)
+            same = {what: (shown[what] == shown[what][:, :1]).numpy() for what in LABELS}  # (5, 9)
             # Frames of 3 pixels: above in green for the same digit, below in blue for the same
             # background, and black for the image itself, which comes first.
             tiles = np.ones((5, 9, 38, 38, 3))
             tiles[same["digit"], :19] = 0.24, 0.62, 0.3
             tiles[same["background"], 19:] = 0.19, 0.39, 0.75
             tiles[:, 0] = 0
-            tiles[..., 3:-3, 3:-3, :] = shown["images"][:, :, 0, :, :, None].clip(-1, 1) / 2 + 0.5
+            tiles[..., 3:-3, 3:-3, :] = shown["images"][:, :, 0, :, :, None].clamp(-1, 1) / 2 + 0.5
             ax.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape(190, 342, 3))
             ax.set_axis_off()
             shares = {what: found[f"same_{what}"]["mean"] for what in LABELS}
@@ -506,9 +411,10 @@ def plot_neighbors(pictures, summary, path):
     figure.supxlabel("Each row: an image (black frame) and its nearest neighbors, last seed (green "
                      "above: same digit, blue below: same background).\n"
                      f"Numbers: means over n = {number_of_seeds(summary)} seeds")
-    figure.savefig(path)
+    return figure
 
-def plot_preference(records, references, path):
+
+def plot_preference(records, references):
     """The loss of every try on both windows, and the reference losses."""
     exponents = sorted({record["exponent"] for record in records})
     figure = Figure(figsize=(6.5 + len(exponents), 6), layout="constrained")
@@ -541,81 +447,79 @@ def plot_preference(records, references, path):
     figure.suptitle(f"{sum(wins)} of {len(wins)} times (n = {seeds} seeds), the best of all tries "
                     "sees the long-tailed feature\nunder the power law (exponent "
                     f"{EXPONENT:g}), and the balanced one under the uniform prior")
-    figure.savefig(path)
+    return figure
+
 
 # ---- Command line --------------------------------------------------------------------------------
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("The corner experiment: the prior decides what is encoded (figure 3)")
     add = parser.add_argument
     add("--mnist", action="store_true", help="MNIST and CIFAR-10 in place of drawn images")
     add("--root", default="data", help="where torchvision finds data sets, or downloads them")
     add("--backgrounds", help="with --mnist: a folder with ten folders of images, for CIFAR-10")
-    add("--out", type=Path, default="runs/corner", help="folder for results and figures")
-    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
+    add("--out", type=folder, default="runs/corner", help="folder for results and figures")
+    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", action=Distinct, default=[0],
+        help="one run each")
     add("--curve", action="store_true", help="seven priors instead of two")
     add("--ordinary", action="store_true", help="one network with one try, on whole images")
     add("--tries", type=number(int, 1, 1000), default=32, help="heads and prototypes per network")
     add("--fixed_order", action="store_true", help="share k for prototype k, as in the paper")
-    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
     add("--quick", action="store_true", help="fewer images and epochs, in less than a minute")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     if args.ordinary:
         args.tries = 1
     if args.backgrounds and not args.mnist:
         parser.error("--backgrounds is for --mnist")
     args.exponents = CURVE if args.curve else (0.0, EXPONENT)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         load_digits(args)  # Data sets are loaded from the network here, and once.
         load_backgrounds(args)
     except (OSError, RuntimeError) as error:
-        parser.error(f"cannot load the data or write to --out: {' '.join(str(error).split())}")
+        raise UserError(f"cannot load the data: {error}") from error
 
-    began, settings = time.time(), make_settings(args)
+    settings = make_settings(args)
     jobs = list(itertools.product(args.seeds, LABELS))
     references = {}
     if not args.mnist and not args.ordinary:  # They are for classes that a network knows exactly.
         references = {arm: reference_losses(*arm, not args.fixed_order)
                       for arm in itertools.product((EXPONENT, 0.0), args.exponents)}
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("out", "seeds", "workers")}
+    config |= settings
+    # Rounded, so that another machine can continue the run.
+    config["references"] = [
+        {"of_classes": of_classes, "of_prior": of_prior,
+         **{name: round(loss, 4) for name, loss in losses.items()}}
+        for (of_classes, of_prior), losses in references.items()]
     windows = "the whole image" if args.ordinary else "the digit's and the background's window"
-    print(f"Lowest loss of each network, for the priors {', '.join(map(str, args.exponents))}.\n"
-          f"First part: {windows}, for each prior. Second part: the winner for each prior\n"
-          "seed long-tailed    part epoch   left   losses", flush=True)
-    maker = made_by()
-    try:
-        found = run_in_processes(experiment, jobs, args)
-    except UserError as error:
-        parser.error(str(error))
-    records = sum((records for records, _ in found), [])
-    config = {**vars(args), **settings}
-    config["references"] = [{"of_classes": of_classes, "of_prior": of_prior, **losses}
-                            for (of_classes, of_prior), losses in references.items()]
-    # The results come first. Nothing that goes wrong with the table or a figure can lose them.
-    save({"config": config, "made_by": [maker], "seconds": round(time.time() - began),
-          "runs": records}, args.out / "results.json")
+    say(f"Lowest loss of each network, for the priors {', '.join(map(str, args.exponents))}.\n"
+        f"First part: {windows}, for each prior. Second part: the winner for each prior\n"
+        "seed long-tailed    part epoch   left   losses")
+    records = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
+
     summary = summarize(records, key=lambda record: (record["long_tailed"], record["exponent"]))
-    print(f"\nmean ± std over n = {len(args.seeds)} seeds")
+    say(f"\nmean ± std over n = {len(args.seeds)} seeds")
     columns = [column for column in (
         "digit_loss", "background_loss", "whole_loss", "same_digit", "same_background",
         "prototype_digit", "prototype_background", "other_font")
         if any(column in row for row in summary.values())]
-    print("long-tailed prior" + "".join(f"{column:>21}" for column in columns))
+    say("long-tailed prior" + "".join(f"{column:>21}" for column in columns))
     for (long_tailed, exponent), row in summary.items():
-        print(f"{long_tailed:>11}{exponent:>6.2f}"
-              + "".join(f"{cell(row, column):>21}" for column in columns))
+        say(f"{long_tailed:>11}{exponent:>6.2f}"
+            + "".join(f"{cell(row, column):>21}" for column in columns))
     if references:
-        print("\nWhat a loss could be\nclasses prior   exact grouping   lowest that we find")
+        say("\nWhat a loss could be\nclasses prior   exact grouping   lowest that we find")
     for (of_classes, of_prior), losses in references.items():
-        print(f"{of_classes:>7.2f}{of_prior:>6.2f}{losses['exact']:>17.3f}"
-              f"{losses['lowest']:>22.3f}")
-    pictures = {(records[0]["long_tailed"], exponent): picture
-                for records, of_job in found for exponent, picture in of_job.items()}
-    plot_neighbors(pictures, summary, args.out / "neighbors.png")  # of the last seed
+        say(f"{of_classes:>7.2f}{of_prior:>6.2f}{losses['exact']:>17.3f}"
+            f"{losses['lowest']:>22.3f}")
+    write_figure(args.out / "neighbors.png", lambda: plot_neighbors(
+        load_pictures(args.out, args.seeds[-1]), summary))
     if not args.ordinary:
-        plot_preference(records, references, args.out / "preference.png")
-    print(f"After {time.time() - began:.0f} s, results.json and the figures are in {args.out}")
+        write_figure(args.out / "preference.png", plot_preference, records, references)
+    say(f"results.json and the figures are in {args.out}")
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

@@ -9,23 +9,28 @@ them evenly (pose, background). PMSN is MSN (Assran et al., ECCV 2022) with a pr
     loss  =  mean cross-entropy H(p+, p)  +  prior_weight * KL(p_bar || pi)
 
     symbol   name in the code    meaning                                            shape
-    B, M                         images per batch (of this GPU), anchor views per image
-    K, d                         number of prototypes, embedding dimension
-    z, z+    anchors, targets    embeddings of anchor views and of the target view  (M*B, d), (B, d)
+    B                            images per mini-batch on this GPU
+    M                            anchor views per image
+    K        num_prototypes      number of prototypes
+    d        output_dim          dimension of the embeddings
+    z        anchors             embeddings of anchor views by the trained network  (M*B, d)
+    z+       targets             embeddings of target views by the target network   (B, d)
     q        prototypes          one trained vector per cluster                     (K, d)
     p        exp(log_p)          softmax(cosine(z, q) / temperature)                (M*B, K)
     p+       p_target            the same for z+, then sharpened, without gradient  (B, K)
-    p_bar    p_bar               mean of p over the whole batch, on all GPUs        (K,)
+    p_bar    p_bar               mean of p over the mini-batches of all GPUs        (K,)
     pi       prior               share of the images that each prototype should get (K,)
 
-With a uniform pi, KL = log K - H(p_bar). MSN maximizes this entropy H of the mean prediction, so
-its loss is the same up to the constant log K. The published MSN also balances p+ by Sinkhorn
-iterations. Here they are an option, and off.
+An image gives three kinds of views. The target view is a large crop with all of its patches. Rand
+views are large crops that lose some patches (they are masked). Focal views are small crops with all
+patches. Rand and focal views are the M anchor views.
 
-An image gives one target view, which is a large crop, and M anchors: other large crops, which lose
-some patches (masked), and small crops. The target network is a moving average of the trained
-network. The features of the target network are the result. This is all of it (`python pmsn.py` runs
-it on noise):
+    anchor view -> patches, without some  -> encoder        -> head        -> z  \
+                                                                                  prototypes -> loss
+    target view -> patches, all of them   -> target encoder -> target head -> z+ /
+
+The target network is a moving average of the trained network. Its features are the result. This is
+all of it (`python pmsn.py` runs it on noise):
 
     model = PMSN(VisionTransformer(), prior=power_law_prior(1024, exponent=0.25))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -37,8 +42,16 @@ it on noise):
         model.update_target(ema_momentum=0.996)
     features = model.target_encoder(images)     # images normalized as make_views does it
 
-The file has this order: priors, loss, network, PMSN, views, samplers, evaluation, and last the same
-hidden prior in three other losses.
+The cross-entropy alone is nearly 0 if every prediction names the same prototype with certainty.
+Against this collapse there is the KL, which is then large.
+
+With a uniform pi, KL = log K - H(p_bar). MSN maximizes this entropy H of the mean prediction, so
+its loss is the same up to the constant log K. MSN's published code also rescales p+ by Sinkhorn
+iterations, so that all clusters get equal shares. `sinkhorn_iterations` turns this on.
+
+The file has this order: priors, loss, options of the loss that are not in the paper (skip them at
+first), network, PMSN. This is the method. Views, samplers, the same hidden prior in three other
+losses, and checks of arguments can wait for a second reading.
 """
 
 import copy
@@ -56,12 +69,12 @@ from torchvision.transforms import v2
 def power_law_prior(num_prototypes, exponent):
     """pi_k proportional to k^-exponent for k = 1..K. Exponent 0 is the uniform prior of MSN.
 
-    It does not matter which prototype has which number: the prior is about the set of shares.
-    Raises ValueError for a negative exponent, and for one so large that a share becomes 0.
+    Prototype 1 should get the largest share of the images, prototype 2 the second largest one, and
+    so on. Before training prototypes are interchangeable, so their numbers are arbitrary. Raises
+    ValueError for a negative exponent, and for one so large that a share becomes 0.
     """
-    if exponent < 0:
-        raise ValueError(f"exponent must be at least 0, got {exponent}")
-    return normalize(torch.arange(1, num_prototypes + 1).double() ** -exponent)
+    check_at_least_0("exponent", exponent)
+    return to_prior(torch.arange(1, num_prototypes + 1).double() ** -exponent)
 
 
 def class_prior(counts):
@@ -70,10 +83,10 @@ def class_prior(counts):
     The loss does not know which image is of which class. Only the sizes of the classes matter.
     Raises ValueError for a class without images.
     """
-    return normalize(torch.as_tensor(counts).double())
+    return to_prior(torch.as_tensor(counts).double())
 
 
-def normalize(shares):
+def to_prior(shares):
     prior = (shares / shares.sum()).float()
     check_prior(prior)
     return prior
@@ -81,39 +94,48 @@ def normalize(shares):
 
 # ---- Loss ----------------------------------------------------------------------------------------
 def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpening=0.25,
-              prior_weight=1.0, sinkhorn_iterations=0, relative_sharpening=False, any_order=False):
-    """The loss of the paper, in nats, and its terms. The table above gives the shapes.
+              prior_weight=1.0,
+              # Not in the paper and off: see the next section of this file.
+              relative_sharpening=False, sinkhorn_iterations=0, any_order=False):
+    """The loss of the paper, in nats, and its terms. With one anchor view per image it is
 
-    Anchors are ordered by views: first the first view of all images, then their second view, and
-    so on. Gradients reach anchors and prototypes. With several GPUs, DistributedDataParallel must
-    average the gradients (it does by default). The last three options are explained in `sinkhorn`,
-    `sharpen` and `in_order_of`. Raises ValueError for shapes that do not fit, for options out of
-    their range, and for an invalid prior (see `check_prior`).
+        p        = softmax(cosine(anchors, prototypes) / 0.1)
+        p_target = softmax(cosine(targets, prototypes) / 0.1 / 0.25)      without gradient
+        p_bar    = mean of p over the images
+        loss     = mean of -sum(p_target * log(p))  +  sum(p_bar * log(p_bar / prior))
+
+    The table at the top gives the shapes. With several views per image, anchors are ordered by
+    views: first the first view of all images, then their second view, and so on. Gradients reach
+    anchors and prototypes. With several GPUs, DistributedDataParallel must average the gradients,
+    as it does by default (see `mean_over_ranks`). Raises ValueError for shapes that do not fit, for
+    options out of their range, and for an invalid prior (see `check_prior`).
     """
     check_prior(prior)
     check_embeddings(anchors, targets, prototypes, prior)
-    if not prior_weight >= 0:
-        raise ValueError(f"prior_weight must be at least 0, got {prior_weight}")
+    check_at_least_0("prior_weight", prior_weight)
     log_p = log_predictions(anchors, prototypes, temperature)  # (M*B, K)
     p = log_p.exp()
     # The prior is about the whole batch, so p_bar is the mean over all GPUs, with gradient.
     p_bar = mean_over_ranks(p.mean(dim=0))  # (K,)
     log_prior = prior.to(log_p).log()  # (K,)
-    if any_order:
+    if any_order:  # not in the paper
         log_prior = in_order_of(p_bar, log_prior)
     with torch.no_grad():
-        # Sharpened targets keep predictions from becoming all alike. By default they are p^4,
-        # divided by its sum. The options are explained below.
         log_target = log_predictions(targets, prototypes, temperature)  # (B, K)
-        log_target = sharpen(log_target, sharpening, log_prior if relative_sharpening else 0.0)
-        p_target = sinkhorn(log_target, log_prior, sinkhorn_iterations).exp()
+        if relative_sharpening:  # not in the paper
+            log_target = sharpen_relative(log_target, sharpening, log_prior)
+        else:
+            log_target = sharpen(log_target, sharpening)
+        if sinkhorn_iterations:  # not in the paper
+            log_target = sinkhorn(log_target, log_prior, sinkhorn_iterations)
+        p_target = log_target.exp()
 
     # Every anchor view of an image predicts the same target: (M, B, K) against (B, K).
     log_p_views = log_p.unflatten(0, (-1, len(targets)))
     cross_entropy = -(p_target * log_p_views).sum(dim=-1).mean()
 
     # At a low temperature, the share of a prototype that no image comes near is rounded to 0, and
-    # log 0 is infinite. The smallest positive number in its place changes nothing else.
+    # log 0 is infinite. So a share of 0 is replaced by the smallest positive number.
     log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()
     prior_kl = (p_bar * (log_p_bar - log_prior)).sum()
 
@@ -124,8 +146,9 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
         "mean_prediction": p_bar.detach(),  # (K,)
         # exp(H(p_bar)), where entr(x) = -x log x: 1 if one prototype takes all images
         "effective_prototypes": torch.special.entr(p_bar.detach()).sum().exp(),
-        # exp(mean H(p)) on this GPU: 1 if all predictions are confident. If every image gets the
-        # same prediction, which is the collapse that `sharpen` describes, it equals the line above.
+        # exp(mean H(p)) on this GPU: 1 if all predictions are certain. The entropy of a mean is at
+        # least the mean of the entropies, and equal only if all predictions are the same. So a
+        # number as large as effective_prototypes means a collapse, too.
         "prototypes_per_view": torch.special.entr(p.detach()).sum(dim=-1).mean().exp(),
     }
 
@@ -149,106 +172,80 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def in_order_of(p_bar, log_prior):
-    """The shares of the prior in the order of p_bar: the largest share where p_bar is largest, ...
-
-    Both are (K,). Which prototype has which share does not matter, but the loss of the paper ties
-    share k to prototype k. A cluster of the right size that forms at a prototype with another share
-    can then be stuck. With this order, which is not in the paper, the KL is the smallest one over
-    all K! orders of the prior (by the rearrangement inequality), and its gradient is as usual. This
-    is no remedy for the collapse that `sharpen` describes. The order also follows the noise of a
-    batch, which favors priors that are a little too steep: with 26 images per prototype, balanced
-    clusters have a lower KL under the exponent .25 than under the uniform prior.
-    """
-    ranks = p_bar.argsort().argsort()  # 0 for the smallest entry of p_bar
-    return log_prior.sort().values[ranks]
-
-
-def sharpen(log_p, sharpening, log_prior=0.0):
+def sharpen(log_p, sharpening):
     """p^(1/T) / sum with T = `sharpening` in (0, 1], on logarithms: (N, K) -> (N, K). From MSN.
 
-    With a steep prior this has a danger: training can collapse to the same prediction p, near pi,
-    for every image. Then the KL is small, and sharpening moves the targets to the largest entries
-    of p, which makes the cross-entropy small as well. For K = 10, exponent 1 and T = 1/4 this
-    collapse ends at a loss of 0.62 nats and 3.5 effective prototypes, where pi has 7.3. (With the
-    uniform prior it has log 10 = 2.30 nats. Confident clusters with the shares pi have 0.)
-
-    The remedy for exponents near 1 is the option `relative_sharpening` of `pmsn_loss`, which is not
-    in the paper. With `log_prior`, the result is proportional to pi * (p / pi)^(1/T). Now p = pi is
-    not moved, and has a loss of H(pi) = 1.99 nats (without the option 1.14). A collapse is still
-    possible, but most cost more: depending on the start, they end between 0.64 and 1.61 nats.
+    With the default T = 0.25 this is p^4, divided by its sum. A target is more certain than the
+    prediction that it came from, so training makes predictions certain.
     """
-    if not 0 < sharpening <= 1:
-        raise ValueError(f"sharpening must lie in (0, 1], got {sharpening}")
-    return F.log_softmax(log_prior + (log_p - log_prior) / sharpening, dim=-1)
+    check_sharpening(sharpening)
+    return F.log_softmax(log_p / sharpening, dim=-1)
 
 
-def sinkhorn(log_p, log_prior, iterations):
-    """Rescale predictions until their mean over all GPUs is nearly pi: (N, K), (K,) -> (N, K).
+def mean_over_ranks(x):
+    """Forward: the mean of x over all W processes (ranks). Backward: as if it were the local x.
 
-    The published MSN and SwAV do this with the uniform prior, which would undo any other prior in
-    the loss. The rows of `log_p` need not be normalized, and `log_prior` can be one number for all
-    prototypes. Raises ValueError for a negative number of iterations.
+    This is right, because DistributedDataParallel averages the gradients of all processes later:
+    for a function f of the mean, the average of f'(mean) * dx over the processes is f'(mean) * the
+    average of dx, which is the gradient.
     """
-    if iterations < 0:
-        raise ValueError(f"sinkhorn_iterations must be at least 0, got {iterations}")
-    for _ in range(iterations):
-        # Columns: log_p - log(mean of the column) + log_prior, so that the mean prediction of every
-        # prototype becomes its share. All predictions of a prototype can be too small for exp, so
-        # its largest one is taken out before the mean.
-        largest = log_p.amax(dim=0)  # (K,)
-        if num_ranks() > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        mean = mean_over_ranks((log_p - largest).exp().mean(dim=0))
-        log_p = log_p - largest - mean.log() + log_prior
-        # Rows: every prediction gets the sum 1 again, which moves the columns a little.
-        log_p = F.log_softmax(log_p, dim=-1)
-    return log_p
+    total = x.detach().clone()
+    if num_ranks() > 1:
+        dist.all_reduce(total)  # the sum over W processes
+    return total / num_ranks() + (x - x.detach())  # The last term is 0, and has the gradient of x.
 
 
 def num_ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mean_over_ranks(x):
-    """The mean of x over all processes (ranks), with the gradient of the local x."""
-    total = x.detach().clone()
-    if num_ranks() > 1:
-        dist.all_reduce(total)  # the sum over W processes
-    # Forward:  total / W, because the second term is 0.
-    # Backward: the gradient of the local x. The factor 1/W comes from DistributedDataParallel,
-    #           which averages the gradients of all parameters over the processes.
-    return total / num_ranks() + (x - x.detach())
+# ---- Options of the loss that are not in the paper -----------------------------------------------
+def sharpen_relative(log_p, sharpening, log_prior):
+    """`relative_sharpening`: pi * (p / pi)^(1/T) / sum, on logarithms: (N, K), (K,) -> (N, K).
 
-
-def check_prior(prior):
-    """Raise ValueError unless the prior is a tensor (K,) of floats, positive, with sum 1.
-
-    On a GPU the values are not checked, because the CPU would have to wait for them.
+    With a steep prior, training with `sharpen` can collapse to the prediction p = pi for every
+    image. The KL is then 0. The target is pi^4 / sum, which has its mass at the largest shares, and
+    for K = 10 and exponent 1 the cross-entropy is only 1.14 nats. Relative sharpening leaves p = pi
+    as it is, and the cross-entropy is H(pi) = 1.99 nats. (Without a collapse it can be near 0.)
+    This makes a collapse more expensive, but not impossible. With the uniform prior both ways of
+    sharpening are the same.
     """
-    if not isinstance(prior, torch.Tensor) or prior.ndim != 1 or not prior.is_floating_point():
-        raise ValueError(f"a prior must be a tensor (K,) of floats, got {prior!r}")
-    # After model.half() the prior has rounded shares, whose sum is not exactly 1.
-    tolerance = 1e-4 if torch.finfo(prior.dtype).bits >= 32 else 1e-2
-    on_cpu = prior.device.type == "cpu"
-    if on_cpu and not ((prior > 0).all() and abs(prior.double().sum() - 1) < tolerance):
-        raise ValueError(f"a prior must be positive and sum to 1, got {prior}")
+    check_sharpening(sharpening)
+    return F.log_softmax(log_prior + (log_p - log_prior) / sharpening, dim=-1)
 
 
-def check_embeddings(anchors, targets, prototypes, prior):
-    """Raise ValueError unless these are (M*B, d), (B, d), (K, d) and (K,)."""
-    matrices = (anchors, targets, prototypes)
-    fit = all(x.ndim == 2 for x in matrices) and len({x.shape[1] for x in matrices}) == 1
-    fit = fit and len(anchors) >= len(targets) > 0 and len(anchors) % len(targets) == 0
-    if not fit or len(prototypes) != len(prior):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
-        raise ValueError("anchors (M*B, d), targets (B, d), prototypes (K, d) and prior (K,) must "
-                         f"fit, but they have the shapes {shapes}")
+def sinkhorn(log_p, log_prior, iterations):
+    """`sinkhorn_iterations`: rescale predictions until their mean is nearly pi: -> (N, K).
+
+    The mean is taken over all GPUs. The published MSN and SwAV do this with the uniform prior,
+    which would undo any other prior in the loss. The rows of `log_p` (N, K) need not be normalized,
+    and `log_prior` is (K,) or one number for all prototypes.
+    """
+    check_at_least_0("sinkhorn_iterations", iterations)
+    for _ in range(iterations):
+        # Scale each column so that its mean is pi_k. We subtract its largest entry before exp, as
+        # logsumexp does: otherwise exp could round a whole column to 0.
+        largest = log_p.amax(dim=0)  # (K,)
+        if num_ranks() > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        mean = mean_over_ranks((log_p - largest).exp().mean(dim=0))
+        log_p = log_p - largest - mean.log() + log_prior
+        # Scale each row to the sum 1 again, which moves the columns a little.
+        log_p = F.log_softmax(log_p, dim=-1)
+    return log_p
 
 
-def check_temperature(temperature):
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"a temperature must be positive, got {temperature}")
+def in_order_of(p_bar, log_prior):
+    """`any_order`: the shares of the prior in the order of p_bar. Both are (K,).
+
+    The largest share goes to the prototype that is used most, and so on. Without this option, a
+    cluster of the right size can be stuck at a prototype with another share. Of all orders of the
+    prior, this one has the smallest KL. It has a disadvantage with few images per prototype: in a
+    mini-batch even balanced clusters have unequal sizes by chance. Sorted, they look like a mild
+    power law, and the KL does not push any more.
+    """
+    ranks = p_bar.argsort().argsort()  # 0 for the smallest entry of p_bar
+    return log_prior.sort().values[ranks]
 
 
 # ---- Vision transformer (Dosovitskiy et al., 2021), with the parameter names of timm -------------
@@ -283,7 +280,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT encoder: images (B, 3, H, W) -> features of the CLS token (B, embed_dim).
 
-    Weights of timm fit. Checkpoints of MSN: see load_encoder in extras/transfer.py.
+    Weights from timm can be loaded as they are. load_encoder in extras/transfer.py reads
+    checkpoints of MSN and others.
     """
     def __init__(self, image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6):
         super().__init__()
@@ -301,15 +299,18 @@ class VisionTransformer(nn.Module):
         """`patch_drop` in [0, 1) is the share of its patches that each image loses."""
         tokens = self.embed_patches(images)  # (B, N, embed_dim)
         if patch_drop:
-            tokens, _ = drop_patches(tokens, patch_drop)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+            kept = random_patches(tokens, patch_drop)  # (B, kept)
+            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, self.embed_dim))
+        cls = self.cls_token + self.pos_embed[:, :1]
+        cls = cls.expand(tokens.shape[0], -1, -1)  # torch.export does not understand len(tokens).
         tokens = self.blocks(torch.cat([cls, tokens], dim=1))
         return self.norm(tokens)[:, 0]
 
     def embed_patches(self, images):
         """Patch embeddings plus position embeddings, (B, N, embed_dim)."""
         if any(side % self.patch_size for side in images.shape[2:]):
-            raise ValueError(f"image sides {images.shape} are no multiples of {self.patch_size}")
+            raise ValueError(f"the sides of images of shape {tuple(images.shape)} must be "
+                             f"multiples of the patch size {self.patch_size}")
         tokens = self.patch_embed(images)  # (B, embed_dim, h, w)
         position = self.pos_embed[:, 1:]
         if tokens.shape[2:] != self.grid:
@@ -320,13 +321,11 @@ class VisionTransformer(nn.Module):
         return tokens.flatten(2).transpose(1, 2) + position
 
 
-def drop_patches(tokens, patch_drop):
-    """Random tokens of each image: (B, N, dim) -> (B, kept, dim) and their indices (B, kept)."""
-    batch, count, dim = tokens.shape
+def random_patches(tokens, patch_drop):
+    """Which tokens to keep, at random for each image: (B, N, dim) -> indices (B, kept)."""
+    batch, count, _ = tokens.shape
     kept = max(1, int((1 - patch_drop) * count + 1e-6))  # 1e-6: (1 - .9) * 20 is 1.99..
-    order = torch.rand(batch, count, device=tokens.device).argsort(dim=1)
-    indices = order[:, :kept]
-    return tokens.gather(1, indices[:, :, None].expand(-1, -1, dim)), indices
+    return torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, :kept]
 
 
 def init_weights(module):
@@ -339,7 +338,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---- PMSN: a network that is trained on anchors, and a target network that follows it ------------
+# ---- PMSN: a trained network, and a target network that follows it -------------------------------
 def projection_head(input_dim, hidden_dim=2048, output_dim=256):
     """The head of MSN: (B, input_dim) -> (B, output_dim)."""
     return nn.Sequential(
@@ -354,7 +353,7 @@ class PMSN(nn.Module):
 
     The encoder maps images to (B, encoder.embed_dim), and the head maps this to (B, output_dim).
     Without `head`, it is the head of MSN. The prior is (K,). `patch_drop` in [0, 1) is the share of
-    the patches that a masked view loses. With patch_drop = 0 the encoder is called without this
+    the patches that a rand view loses. With patch_drop = 0 the encoder is called without this
     argument, so that other encoders fit, for example those of the library timm.
     """
     def __init__(self, encoder, prior, *, head=None, output_dim=256, patch_drop=0.15):
@@ -372,51 +371,53 @@ class PMSN(nn.Module):
         self.patch_drop = patch_drop
 
     def forward(self, views, **loss_options):
-        """[target view, masked anchors, other anchors ...], each (n * B, C, H, W) -> (loss, terms).
+        """[target, rand, focal] views -> (loss, terms). `loss_options` go to `pmsn_loss`.
 
-        There is one target view per image, and any number of anchors. `loss_options` go to
-        `pmsn_loss`.
+        Target views are (B, 3, H, W), and the others (number of views * B, 3, H, W), ordered by
+        views. Only the rand views are masked. Focal views can be left out, or have several sizes:
+        [target, rand] or [target, rand, focal, focal ...].
         """
-        target_view, masked_views, *other_views = views
+        target_views, rand_views, *focal_views = views
         if self.patch_drop:
-            features = [self.encoder(masked_views, patch_drop=self.patch_drop)]
+            features = [self.encoder(rand_views, patch_drop=self.patch_drop)]
         else:
-            features = [self.encoder(masked_views)]
-        features += [self.encoder(view) for view in other_views]
+            features = [self.encoder(rand_views)]
+        features += [self.encoder(x) for x in focal_views]
         # As in MSN, BatchNorm in the head treats each crop size separately.
         anchors = torch.cat([self.head(x) for x in features])  # (M*B, d)
         with torch.no_grad():
-            targets = self.target_head(self.target_encoder(target_view))  # (B, d)
+            targets = self.target_head(self.target_encoder(target_views))  # (B, d)
         return pmsn_loss(anchors, targets, self.prototypes, self.prior, **loss_options)
 
     def update_target(self, ema_momentum):
-        """target = m * target + (1 - m) * anchor for all parameters, with m = ema_momentum.
+        """target = m * target + (1 - m) * trained for all parameters, with m = ema_momentum.
 
-        The statistics of BatchNorm are no parameters: the target head collects its own, as in MSN.
+        The running statistics of BatchNorm are not averaged. As in MSN, the target head stays in
+        training mode and has the statistics of its own views.
         """
         move_target(self.target_encoder, self.encoder, ema_momentum)
         move_target(self.target_head, self.head, ema_momentum)
 
 
 @torch.no_grad()
-def move_target(target, anchor, ema_momentum):
-    """Move a target network toward its anchor network, in place. See `PMSN.update_target`."""
-    for slow, fast in zip(target.parameters(), anchor.parameters()):
+def move_target(target, trained, ema_momentum):
+    """Move a target network toward a trained network, in place. See `PMSN.update_target`."""
+    for slow, fast in zip(target.parameters(), trained.parameters()):
         slow.lerp_(fast, 1 - ema_momentum)
 
 
 # ---- Views: crops by the workers of the data loader, colors on the device ------------------------
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BLUR_REACH = 8  # pixels to each side: four times the largest sigma of the blur
 
 
 def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size=96,
                rand_scale=(0.3, 1.0), focal_scale=(0.05, 0.3)):
     """Random crops and flips of one image, uint8 (3, H, W). The defaults are those of MSN.
 
-    MSN calls the large anchors "rand" (the masked ones) and the small ones "focal". A scale is a
-    range of the share of the area. Returns [target (1, 3, S, S), rand (rand_views, 3, S, S),
-    focal (focal_views, 3, s, s)], uint8. Raises ValueError without any rand view: then
+    A scale is a range of the share of the area. Returns [target (1, 3, S, S), rand (rand_views, 3,
+    S, S), focal (focal_views, 3, s, s)], uint8. Raises ValueError without any rand view: then
     `PMSN.forward` would mask the focal views.
     """
     if rand_views < 1 or focal_views < 0:
@@ -435,8 +436,7 @@ def multi_crop(image, *, rand_views=1, focal_views=10, rand_size=224, focal_size
 
 def make_views(crops, **color_options):
     """Collated crops [(B, views, 3, S, S), ...] -> the views that `PMSN.forward` takes."""
-    # We work in chunks. On a CPU they are small, because eight images fit into its cache, which
-    # halves the time. On a GPU they are large, and only bound the memory.
+    # In chunks: small ones are faster on a CPU, and large ones bound the memory of a GPU.
     chunk = 8 if crops[0].device.type == "cpu" else 4096
     views = []
     for crop in crops:
@@ -452,10 +452,17 @@ def augment_colors(images, *, jitter=0.5, jitter_p=0.8, gray_p=0.2, blur_p=0.5):
     Images are uint8, or float in [0, 1]. Each `_p` is the probability that an image is changed.
     Jitter is like ColorJitter(.8 j, .8 j, .8 j, .2 j) of torchvision with j = `jitter`, but in a
     fixed order, with one clamp at the end, and hue is a rotation of the RGB space. Then all steps
-    are linear, and together they are two matrices per image:
+    are linear, and together they are two matrices A and C per image:
 
         new color = A @ color + C @ (mean color of the image)
+
+    The only reason is speed: on a CPU core the views of an image take 5 ms, and 24 ms with
+    torchvision's classes. On a first reading, go on with the samplers. Raises ValueError for float
+    images that leave [0, 1], and for images too small to blur.
     """
+    if blur_p and min(images.shape[2:]) <= BLUR_REACH:
+        raise ValueError(f"images of {tuple(images.shape[2:])} pixels are too small to blur, they "
+                         f"need more than {BLUR_REACH} per side: take blur_p=0")
     if images.dtype != torch.uint8 and (images.min() < 0 or images.max() > 1):
         raise ValueError("float images must lie in [0, 1]; they are normalized here")
     images = v2.functional.to_dtype(images, torch.float32, scale=True)
@@ -491,9 +498,10 @@ def color_matrices(count, jitter, jitter_p, gray_p):
     saturation = torch.where(torch.rand(count, 1, 1) < gray_p, 0.0, saturation)
     to_gray = torch.tensor([0.2989, 0.587, 0.114]).expand(3, 3)
     saturate = torch.lerp(to_gray, torch.eye(3), saturation)
-    # A rotation about an axis is exp(angle * the matrix of the cross product with the axis).
+    # The rotation by an angle about an axis is the matrix exp(angle * X), where X @ v is the cross
+    # product of the axis and v.
     gray_axis = torch.full((3, 3), 1 / math.sqrt(3))
-    cross_product = torch.linalg.cross(torch.eye(3), gray_axis)  # as a matrix
+    cross_product = torch.linalg.cross(torch.eye(3), gray_axis)  # the matrix X
     rotate = torch.matrix_exp(angle * cross_product)
     on_color = brightness * contrast * (rotate @ saturate)
     on_mean = brightness * (1 - contrast) * to_gray
@@ -502,13 +510,13 @@ def color_matrices(count, jitter, jitter_p, gray_p):
 
 def gaussian_blur(images, sigma):
     """Blur each image with its own sigma in (0, 2] pixels: (N, C, H, W), (N,) on the CPU."""
-    offset = torch.arange(-8, 9)  # 4 sigma to each side
+    offset = torch.arange(-BLUR_REACH, BLUR_REACH + 1)
     kernel = F.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)  # (N, 17)
     kernel = kernel.to(images.device, non_blocking=True)
     # A depthwise convolution with one group per channel and image, along both directions.
     groups = math.prod(images.shape[:2])
     kernel = kernel.repeat_interleave(images.shape[1], dim=0)
-    x = F.pad(images, [8] * 4, mode="reflect")
+    x = F.pad(images, [BLUR_REACH] * 4, mode="reflect")
     x = x.flatten(0, 1)[None]
     for shape in ((groups, 1, 1, 17), (groups, 1, 17, 1)):
         x = F.conv2d(x, kernel.view(shape), groups=groups)
@@ -535,12 +543,16 @@ def long_tail_indices(labels, prior, seed=0):
 
 
 class ClassBatchSampler(torch.utils.data.Sampler):
-    """A batch_sampler: `classes_per_batch` classes per mini-batch (table 1) for labels (N,).
+    """A batch_sampler for table 1: mini-batches with images of few classes, from labels (N,).
 
-    Each class is split into equal parts, and a batch takes one part of each of its classes. The
-    rest of a class is not used in this epoch. batch_size counts all ranks. `set_epoch` gives
-    a new order. ValueError if a class has no whole part, or more parts than there are batches.
+    In each epoch, the images of a class are cut at random into parts of `batch_size` divided by
+    `classes_per_batch` images. A batch takes one part of each of `classes_per_batch` classes. What
+    is left of a class is not used in this epoch. Of a batch, each of `world_size` processes gets
+    an equal share. `set_epoch` gives a new order. Raises ValueError if a class has no whole part,
+    or more parts than there are batches.
     """
+    MUST = 1e30  # the weight of a class that has to be in the next batch
+
     def __init__(self, labels, batch_size, classes_per_batch, rank=0, world_size=1, seed=0):
         classes, counts = labels.unique(return_counts=True)
         if not 0 <= rank < world_size or classes_per_batch < 1 or len(labels) == 0:
@@ -574,13 +586,10 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 
         parts = [shuffle(member).split(self.part_size) for member in self.members]
         parts_left = self.num_parts.double()  # of each class, (C,)
-        # A batch takes at most one part of a class. With two batches left, a class with two parts
-        # must be in both of them. So a class that has as many parts left as there are batches left
-        # gets the weight 1e30, and is drawn before all others. (If parts are left over at the end,
-        # there may be too many such classes. Then some of them lose a part.) The weights of the
-        # other classes are their numbers of parts left.
+        # Classes with more parts left are drawn more often, so that all parts are used up together.
+        # A class with as many parts left as there are batches left must be in all of them.
         for batches_left in range(self.num_batches, 0, -1):
-            weights = torch.where(parts_left >= batches_left, 1e30, parts_left)
+            weights = torch.where(parts_left >= batches_left, self.MUST, parts_left)
             chosen = weights.multinomial(self.classes_per_batch, generator=generator)
             parts_left[chosen] -= 1
             # The parts of a class are used from the last one to the first.
@@ -588,124 +597,16 @@ class ClassBatchSampler(torch.utils.data.Sampler):
             yield batch[self.rank :: self.world_size].tolist()
 
 
-# ---- Evaluation of frozen features: (N, d) with labels (N,), tested on (Q, d) --------------------
-@torch.no_grad()
-def nearest_neighbors(queries, bank, k):
-    """Cosines and indices (Q, k) of the k most similar rows of the bank (N, d), best first."""
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be from 1 to the {len(bank)} rows of the bank, got {k}")
-    found = []
-    with torch.autocast(bank.device.type, enabled=False):
-        bank = F.normalize(at_least_float32(bank), dim=-1)
-        for block in queries.split(rows_per_block(len(bank))):
-            block = F.normalize(at_least_float32(block), dim=-1)
-            found.append((block @ bank.T).topk(k))
-    cosines, indices = zip(*found)
-    return torch.cat(cosines), torch.cat(indices)
-
-
-def rows_per_block(columns):
-    """How many rows of a matrix with this number of columns have 64 MiB in float32."""
-    return max(1, 2**24 // columns)
-
-
-def knn_predictions(features, labels, test_features, k=20, temperature=0.07):
-    """Classes (Q,) by weighted k-NN (Wu et al., 2018): votes weigh exp(cosine / temperature).
-
-    Raises ValueError as `check_features` does, and if there are fewer than k features.
-    """
-    check_features(features, labels, test_features)
-    check_temperature(temperature)
-    cosines, index = nearest_neighbors(test_features, features, k)
-    weights = ((cosines - 1) / temperature).exp()  # - 1 avoids an overflow
-    votes = weights.new_zeros(len(index), int(labels.max()) + 1)
-    votes = votes.scatter_add(1, labels.long()[index], weights)
-    return votes.argmax(dim=1)
-
-
-def linear_probe(features, labels, test_features, penalty=1.0):
-    """Classes (Q,) by logistic regression on standardized features: the linear probe.
-
-    The default penalty is that of scikit-learn. It matters if there are few images per dimension,
-    and hardly if there are many. Raises ValueError as `check_features` does.
-    """
-    check_features(features, labels, test_features)
-    classes, labels = labels.unique(return_inverse=True)  # Numbers of classes can have gaps.
-    x, test_x = (at_least_float32(x.detach()) for x in (features, test_features))
-    std, mean = torch.std_mean(x, dim=0, correction=0)
-    # A feature that is constant, up to rounding, says nothing. Divided by infinity, it becomes 0.
-    rounding = 100 * torch.finfo(x.dtype).eps * x.abs().amax(dim=0)
-    std = std.masked_fill(std <= rounding, math.inf)
-    weight, bias = logistic_regression((x - mean) / std, labels, penalty)
-    blocks = ((test_x - mean) / std).split(rows_per_block(len(bias)))
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.cat([classes[(block @ weight + bias).argmax(dim=1)] for block in blocks])
-
-
-@torch.inference_mode(False)  # The caller may have called us under inference_mode or no_grad.
-@torch.enable_grad()
-def logistic_regression(features, labels, penalty, with_bias=True):
-    """Weights (d, C) and biases (C,) of the classes 0 to C - 1, by L-BFGS.
-
-    They minimize  sum(cross-entropy) + penalty / 2 * sum(weights^2), as scikit-learn's
-    LogisticRegression(C=1 / penalty). The biases have no penalty. Features (N, d), labels (N,).
-    After 500 iterations it stops. With a penalty far below .1 and few images it may stop before the
-    minimum. Raises ValueError as `check_features` does, and for a negative penalty.
-    """
-    # Of two classes scikit-learn trains the difference only, so there it is C=2 / penalty.
-    check_features(features, labels)
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"penalty must be at least 0, got {penalty}")
-    # Clones can take part in a gradient, even if the originals are from torch.inference_mode.
-    x, labels = at_least_float32(features.detach()).clone(), labels.long().clone()
-    num_classes = int(labels.max()) + 1
-    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
-    bias = x.new_zeros(num_classes, requires_grad=with_bias)
-    parameters = [weight, bias] if with_bias else [weight]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=500, tolerance_grad=1e-5,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def closure():
-        # The objective divided by N, which has the same minimum.
-        optimizer.zero_grad()
-        objective = penalty / 2 / len(x) * weight.square().sum()
-        objective.backward()
-        total = objective.item()
-        # The logits of all images at once can be too large for the memory: (N, C).
-        rows = rows_per_block(num_classes)
-        for block, classes in zip(x.split(rows), labels.split(rows)):
-            loss = F.cross_entropy(block @ weight + bias, classes, reduction="sum") / len(x)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    with torch.autocast(x.device.type, enabled=False):
-        optimizer.step(closure)
-    return weight.detach(), bias.detach()
-
-
-def check_features(features, labels, *test_features):
-    """Raise ValueError unless the classifiers above can use these features and labels.
-
-    Features (N, d) and (Q, d) must be finite, labels (N,) integers from 0. N must be at least 1.
-    """
-    for name, x in zip(("features", "test features"), (features, *test_features)):
-        if x.ndim != 2 or x.shape[1] != features.shape[1]:
-            raise ValueError(f"features (N, d) and test features (Q, d) must be matrices with the "
-                             f"same d, got {tuple(features.shape)}, {tuple(x.shape)}")
-        # One image with a feature that is not a number would decide the class of all test images.
-        if not x.isfinite().all():
-            raise ValueError(f"{int((~x.isfinite()).any(dim=1).sum())} of {len(x)} rows of the "
-                             f"{name} are not finite")
-    if labels.shape != features.shape[:1] or labels.is_floating_point() or len(labels) == 0:
-        raise ValueError(f"labels must be integers, one for each of {len(features)} features, got "
-                         f"{labels.dtype} of shape {tuple(labels.shape)}")
-    if labels.min() < 0:
-        raise ValueError(f"labels must be at least 0, got {labels.min()}. Leave unlabeled images "
-                         "out")
-
-
 # ---- The same hidden prior in three other losses: two views (B, d) -> (loss, terms) --------------
+# Why do they prefer clusters of equal size? Let all images of a cluster have the same embedding,
+# and let clusters be far apart. A cluster with the share s has s * B images.
+#   SimCLR: the uniformity of an image is the log of a sum of exp(similarity) over the batch. Only
+#       the s * B images of its own cluster count, so it is log(s * B) + constant. The mean over all
+#       images is the sum over clusters of s * log s, + constant. It is smallest for equal s.
+#   VICReg wants a variance of 1 along every dimension. A dimension that tells two clusters apart
+#       varies most if each of them has half of the images.
+#   SwAV: the codes have equal shares, because Sinkhorn makes them.
+# (The paper's propositions 2 to 4. tests/test_propositions.py computes examples.)
 def simclr_loss(first, second, temperature=0.1):
     """SimCLR (Chen et al., 2020). Its uniformity spreads the batch, which is that of this GPU."""
     check_views(first, second)
@@ -713,8 +614,8 @@ def simclr_loss(first, second, temperature=0.1):
     z = torch.cat([first, second])
     similarity = cosine(z, z) / temperature  # (2B, 2B)
     alignment = -similarity.diagonal(len(first)).mean()  # (i, i + B). (i + B, i) is the same.
-    others = similarity - 1e9 * torch.eye(len(z), device=z.device)  # without itself
-    uniformity = others.logsumexp(dim=1).mean()
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    uniformity = similarity.masked_fill(itself, -math.inf).logsumexp(dim=1).mean()
     terms = {"alignment": alignment.detach(), "uniformity": uniformity.detach()}
     return alignment + uniformity, terms
 
@@ -740,10 +641,7 @@ def vicreg_loss(first, second):
 
 
 def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn_iterations=3):
-    """SwAV (Caron et al., 2020). Its codes use all prototypes equally. This spreads the batch.
-
-    The batch is that of all GPUs.
-    """
+    """SwAV (Caron et al., 2020). Over the batch of all GPUs, its codes use prototypes equally."""
     check_views(first, second)
     check_temperature(epsilon)
     fit = prototypes.ndim == 2 and prototypes.shape[1] == first.shape[1] and len(prototypes) > 0
@@ -761,6 +659,47 @@ def swav_loss(first, second, prototypes, temperature=0.1, epsilon=0.05, sinkhorn
         log_p = log_predictions(view, prototypes, temperature)  # (B, K)
         loss = loss - (code * log_p).sum(dim=-1).mean() / 2
     return loss, {"cross_entropy": loss.detach()}
+
+
+# ---- Checks of arguments -------------------------------------------------------------------------
+def check_prior(prior):
+    """Raise ValueError unless the prior is a tensor (K,) of floats, positive, with sum 1.
+
+    On a GPU the values are not checked, because the CPU would have to wait for them.
+    """
+    if not isinstance(prior, torch.Tensor) or prior.ndim != 1 or not prior.is_floating_point():
+        raise ValueError(f"a prior must be a tensor (K,) of floats, got {prior!r}")
+    # After model.half() the prior has rounded shares, whose sum is not exactly 1.
+    tolerance = 1e-4 if torch.finfo(prior.dtype).bits >= 32 else 1e-2
+    on_cpu = prior.device.type == "cpu"
+    if on_cpu and not ((prior > 0).all() and abs(prior.double().sum() - 1) < tolerance):
+        raise ValueError(f"a prior must be positive and sum to 1, got {prior}")
+
+
+def check_embeddings(anchors, targets, prototypes, prior):
+    """Raise ValueError unless these are (M*B, d), (B, d), (K, d) and (K,)."""
+    matrices = (anchors, targets, prototypes)
+    fit = all(x.ndim == 2 for x in matrices) and len({x.shape[1] for x in matrices}) == 1
+    fit = fit and len(anchors) >= len(targets) > 0 and len(anchors) % len(targets) == 0
+    if not fit or len(prototypes) != len(prior):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (*matrices, prior))
+        raise ValueError("anchors (M*B, d), targets (B, d), prototypes (K, d) and prior (K,) must "
+                         f"fit, but they have the shapes {shapes}")
+
+
+def check_at_least_0(name, value):
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_sharpening(sharpening):
+    if not 0 < sharpening <= 1:
+        raise ValueError(f"sharpening must lie in (0, 1], got {sharpening}")
+
+
+def check_temperature(temperature):
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"a temperature must be positive, got {temperature}")
 
 
 def check_views(first, second):

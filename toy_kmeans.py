@@ -16,26 +16,23 @@ command continues from there after a kill. The paper's propositions 1 to 4 say t
 They are in tests/test_propositions.py.
 """
 
-import argparse
 import itertools
 import math
-import multiprocessing
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import pmsn
-from experiments import (Figure, UserError, cell, number, number_of_seeds, print_any_text,
-                         run_or_continue, summarize)
+from support.figures import POWER_LAW, UNIFORM, Figure, write_figure
+from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.runs import Parser, available_cores, command, folder, number, say
 
 NUM_POINTS = 400
 DISTANCE = 2.2  # between the groups, whose standard deviations are 0.25 across and 1 along
 IMBALANCES = (1, 2, 5, 10, 20, 50)  # size of the large group : size of the small group
 THREE_SHARES = pmsn.power_law_prior(3, 1.0)  # PMSN's prior for the hidden prior of three clusters
-POWER_LAW, UNIFORM, KMEANS = "#d1495b", "#30638e", "#5c5c5c"  # one color per prior in all figures
+KMEANS = "#5c5c5c"  # the color of methods without a prior
 METHODS = {  # name in the tables: label, color, line and marker in the figure
     "K-means": ("K-means", KMEANS, "-", "s"),
     "equal K-means": ("K-means, equal sizes", KMEANS, ":", "D"),
@@ -45,6 +42,7 @@ METHODS = {  # name in the tables: label, color, line and marker in the figure
     "PMSN 1.5x": ("PMSN, 1.5 times the exponent", POWER_LAW, ":", "<"),
 }
 
+
 # ---- Data ----------------------------------------------------------------------------------------
 def two_groups(imbalance):
     """Points (N, 2) and their groups (N,): 0 is the large group, 1 the small group."""
@@ -53,6 +51,7 @@ def two_groups(imbalance):
     points = torch.randn(NUM_POINTS, 2) * torch.tensor([0.25, 1.0])
     points[:, 0] += DISTANCE * groups
     return points, groups
+
 
 # ---- K-means and PMSN: the best of several starts ------------------------------------------------
 def kmeans(points, k, *, starts=20, equal_sizes=False):
@@ -78,6 +77,7 @@ def kmeans(points, k, *, starts=20, equal_sizes=False):
         centroids = torch.where(sizes > 0, member.mT @ points / sizes, centroids)
     best = objective.argmin()
     return clusters[best], objective[best].item()
+
 
 def fit_pmsn(points, prior, *, starts=8, steps=15, noise=0.15):
     """PMSN with a linear encoder on D data sets: points (D, N, 2), prior (2,) -> clusters (D, N).
@@ -118,9 +118,11 @@ def fit_pmsn(points, prior, *, starts=8, steps=15, noise=0.15):
     best = losses.unflatten(0, (-1, starts)).argmin(dim=1)  # (D,)
     return clusters[torch.arange(len(best)), best]
 
+
 def encode(points, weights, biases):
     """A linear encoder per run: (R, N, 2), (R, 2, 2), (R, 2) -> (R, N, 2)."""
     return points @ weights.mT + biases[:, None]
+
 
 def find_clusters(imbalance, seeds):
     """Data sets, one per seed, and their clusters by all methods.
@@ -147,6 +149,7 @@ def find_clusters(imbalance, seeds):
         "PMSN 1.5x": fit_pmsn(points, pmsn.power_law_prior(2, 1.5 * exponent)),
     }
 
+
 # ---- Agreement with the true groups --------------------------------------------------------------
 def adjusted_rand_index(first, second):
     """Agreement of two partitions (N,): 1 if they are the same, 0 on average if they are random."""
@@ -159,11 +162,13 @@ def adjusted_rand_index(first, second):
     largest = (in_first + in_second) / 2
     return 1.0 if largest == expected else (both - expected) / (largest - expected)
 
+
 # ---- The hidden prior: the cluster sizes that each loss prefers ----------------------------------
 def simplex(k):
     """The corners of a regular simplex: k unit vectors (K, K - 1) with equal angles, float64."""
     _, vectors = torch.linalg.eigh(torch.eye(k, dtype=torch.float64) - 1 / k)
     return vectors[:, 1:] * math.sqrt(k / (k - 1))
+
 
 def volume_terms(sizes, prior):
     """The term of each loss that prevents collapse, for clusters of these sizes: {loss: number}."""
@@ -192,6 +197,7 @@ def volume_terms(sizes, prior):
         "PMSN": matched["prior_kl"].item(),
     }
 
+
 def preferred_shares(prior):
     """The shares of three clusters at which the term of each loss is smallest: {loss: [...]}."""
     # Two cuts divide 33 points into three clusters. We try all of them. The uniform sizes
@@ -201,6 +207,7 @@ def preferred_shares(prior):
     terms = [volume_terms(n, prior) for n in sizes]
     best = {loss: np.argmin([row[loss] for row in terms]) for loss in terms[0]}
     return {loss: (sizes[place] / 33).tolist() for loss, place in best.items()}
+
 
 # ---- The runs of a job ---------------------------------------------------------------------------
 def experiment(imbalance, args):
@@ -219,8 +226,9 @@ def experiment(imbalance, args):
             for method, of_data_sets in found.items()
             for seed, clusters in zip(args.seeds, of_data_sets)]
 
+
 # ---- Figures -------------------------------------------------------------------------------------
-def plot_kmeans(summary, imbalance, seed, path):
+def plot_kmeans(summary, imbalance, seed):
     """Figure 1 of the paper with two more columns, and the mean scores over all imbalances.
 
     The clusters of the data set `seed` are not in the file of results. They are found once more
@@ -263,9 +271,10 @@ def plot_kmeans(summary, imbalance, seed, path):
     figure.suptitle("When one group is much larger, K-means and MSN cut it in two. "
                     "PMSN with a matched prior finds the groups.", fontsize=14)
     figure.supxlabel("The dotted line is the true border. Filled and open points are the clusters.")
-    figure.savefig(path, dpi=130)
+    return figure
 
-def plot_hidden_prior(path):
+
+def plot_hidden_prior():
     """The term that prevents collapse, over the share of the first of two clusters."""
     percent = np.arange(2, 99)
     prior = torch.tensor([0.8, 0.2])
@@ -288,53 +297,45 @@ def plot_hidden_prior(path):
     axes.legend(frameon=False, loc="upper center")
     axes.set_title("Four losses prefer two clusters of equal size.\n"
                    "PMSN prefers the shares of its prior, here 0.8 and 0.2.")
-    figure.savefig(path, dpi=130)
+    return figure
+
 
 # ---- Command line --------------------------------------------------------------------------------
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
-                        help="seed of the first data set (default: %(default)s)")
-    parser.add_argument("--imbalance", type=number(float, 1, 100), default=10,
-                        help="imbalance in the figure's second row (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default="runs/kmeans",
-                        help="folder for results and figures (default: %(default)s)")
-    parser.add_argument("--workers", type=number(int, 1), default=multiprocessing.cpu_count(),
-                        help="processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="use 3 data sets, 2 imbalances")
+    parser = Parser("K-means and the hidden uniform prior of five losses: figure 1 of the paper")
+    add = parser.add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the first data set")
+    add("--imbalance", type=number(float, 1, 100), default=10,
+        help="imbalance in the second row of the figure")
+    add("--out", type=folder, default="runs/kmeans", help="folder for results and figures")
+    add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
+    add("--quick", action="store_true", help="use 3 data sets, 2 imbalances")
     args = parser.parse_args(argv)
-    began = time.monotonic()
     torch.set_num_threads(1)  # For the figures: threads would wait for each other.
     args.seeds = list(range(args.seed, args.seed + (3 if args.quick else 20)))
     imbalances = sorted({*((1, 10) if args.quick else IMBALANCES), args.imbalance})
     config = {"seed": args.seed, "quick": args.quick, "prior": THREE_SHARES.tolist()}
     jobs = [(imbalance,) for imbalance in (None, *imbalances)]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
-    except OSError as error:
-        parser.error(f"cannot write to --out {args.out} ({error}). Choose another folder")
-    except UserError as error:
-        parser.error(str(error))
+    runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
 
-    print("\nShares of three clusters at which the term that prevents collapse is smallest")
+    say("\nShares of three clusters at which the term that prevents collapse is smallest")
     for run in runs:
         if "loss" in run:
-            print(f"{run['loss']:<7}", *[f"{share:.3f}" for share in run["results"].values()])
+            say(f"{run['loss']:<7}", *[f"{share:.3f}" for share in run["results"].values()])
     summary = summarize([run for run in runs if "method" in run],
                         key=lambda run: (run["method"], run["imbalance"]))
-    print("\nAdjusted Rand index with the true groups: mean ± std over "
-          f"{number_of_seeds(summary)} data sets")
-    print(f"{'groups':<7}" + "".join(f"{method:>16}" for method in METHODS))
+    say("\nAdjusted Rand index with the true groups: mean ± std over "
+        f"{number_of_seeds(summary)} data sets")
+    say(f"{'groups':<7}" + "".join(f"{method:>16}" for method in METHODS))
     for ratio in imbalances:
         cells = [cell(summary[method, ratio], "adjusted_rand_index") for method in METHODS]
-        print(f"{f'{ratio:g}:1':<7}" + "".join(f"{text:>16}" for text in cells))
+        say(f"{f'{ratio:g}:1':<7}" + "".join(f"{text:>16}" for text in cells))
 
-    plot_hidden_prior(args.out / "hidden_prior.png")
-    plot_kmeans(summary, args.imbalance, args.seed, args.out / "kmeans.png")
-    print(f"\nAfter {time.monotonic() - began:.0f} s, results.json, hidden_prior.png and "
-          f"kmeans.png are in {args.out}")
+    write_figure(args.out / "hidden_prior.png", plot_hidden_prior)
+    write_figure(args.out / "kmeans.png", plot_kmeans, summary, args.imbalance, args.seed)
+    say(f"\nresults.json, hidden_prior.png and kmeans.png are in {args.out}")
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

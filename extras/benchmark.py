@@ -16,7 +16,6 @@ makes its crops (pmsn.multi_crop). Colors and blur are for the GPU, for all imag
 at once (pmsn.make_views). All results are printed, and no file is kept.
 """
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -45,10 +44,12 @@ from torchvision.transforms import v2
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from train_inat import (MODELS, checkpoint_activations, compile_encoders, decode, number,
-                        print_any_text)
+from support.images import decode
+from support.runs import Parser, available_cores, command, number, say
+from train_inat import MODELS, checkpoint_activations, compile_encoders
 
 TRAIN_INAT = Path(__file__).resolve().parents[1] / "train_inat.py"
+
 
 # ---- Images --------------------------------------------------------------------------------------
 def draw_images(folder, count):
@@ -58,6 +59,7 @@ def draw_images(folder, count):
         grain = 0.05 * torch.randn(3, 375, 500)
         image = v2.functional.to_pil_image((smooth + grain).clamp(0, 1))
         image.save(Path(folder) / f"{i}.jpg", quality=95)
+
 
 class Crops(Dataset):
     """What a worker makes: `count` items pmsn.multi_crop(image, **options).
@@ -75,10 +77,12 @@ class Crops(Dataset):
     def __getitem__(self, index):
         return pmsn.multi_crop(decode(self.paths[index % len(self.paths)]), **self.options)
 
+
 def load_crops(paths, count, device, **options):
     """Crops of `count` images as a batch on the device: [(count, views, 3, S, S), ...]."""
     items = Crops(paths, count, **options)
     return [crops.to(device) for crops in default_collate([items[i] for i in range(count)])]
+
 
 # ---- One core ------------------------------------------------------------------------------------
 def benchmark_core(paths, repeats):
@@ -101,15 +105,17 @@ def benchmark_core(paths, repeats):
         "colors and blur, without a GPU": milliseconds(pmsn.make_views, [crops]),
     }
     title = f"one core, {len(paths)} images, 12 views each"
-    print(f"{title:<40} {'ms per image':>14}")
+    say(f"{title:<40} {'ms per image':>14}")
     for name, value in rows.items():
-        print(f"{name:<40} {value:>14.2f}")
+        say(f"{name:<40} {value:>14.2f}")
+
 
 # ---- The training step, as in train_inat.py ------------------------------------------------------
 def make_model(vit, image_size=224, patch_size=16):
     """PMSN with 1024 prototypes. `vit` is (embed_dim, depth, num_heads)."""
     encoder = pmsn.VisionTransformer(image_size, patch_size, *vit)
     return pmsn.PMSN(encoder, pmsn.power_law_prior(1024, 0.25))
+
 
 def make_train_step(model):
     """A function of views that does a whole step: forward, backward, AdamW and moving average."""
@@ -128,10 +134,12 @@ def make_train_step(model):
 
     return train_step
 
+
 def synchronize():
     """The GPU works behind the CPU, so a clock has to wait for it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
 
 def calls_per_second(function, items, warmup):
     """Call function(item) for all items. The clock starts after the first `warmup` calls."""
@@ -143,10 +151,12 @@ def calls_per_second(function, items, warmup):
     synchronize()
     return (i + 1 - warmup) / (time.perf_counter() - began)
 
+
 def matrix_rate(device, size):
     """FLOP/s of products of bfloat16 matrices (size, size): the most that a step could reach."""
     x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 2 * size**3 * calls_per_second(lambda _: x @ x, range(150), warmup=50)
+
 
 # ---- One GPU -------------------------------------------------------------------------------------
 def benchmark_gpu(paths, args):
@@ -173,21 +183,23 @@ def benchmark_gpu(paths, args):
     from_files = args.batch_size * calls_per_second(views_and_step, loader,
                                                     warmup=3 * args.workers)
 
-    print(f"\n{torch.cuda.get_device_name()}, {args.model}, batch {args.batch_size}, bf16, "
+    say(f"\n{torch.cuda.get_device_name()}, {args.model}, batch {args.batch_size}, bf16, "
           f"compile: {args.compile}, {args.workers} workers, peak memory {memory:.1f} GiB")
-    print(f"{'':<40} {'images per s':>14}")
-    print(f"{'step alone':<40} {alone:>14.0f}")
-    print(f"{'step, colors and blur':<40} {with_views:>14.0f}")
-    print(f"{'step, colors and blur, from files':<40} {from_files:>14.0f}")
-    print(f"With images from files, the GPU waits {max(0, 1 - from_files / with_views):.1%} of the "
+    say(f"{'':<40} {'images per s':>14}")
+    say(f"{'step alone':<40} {alone:>14.0f}")
+    say(f"{'step, colors and blur':<40} {with_views:>14.0f}")
+    say(f"{'step, colors and blur, from files':<40} {from_files:>14.0f}")
+    say(f"With images from files, the GPU waits {max(0, 1 - from_files / with_views):.1%} of the "
           "time.")
-    print(f"The step alone has {flops * alone / best:.0%} of the measured bf16 matrix rate, "
+    say(f"The step alone has {flops * alone / best:.0%} of the measured bf16 matrix rate, "
           f"which is {best / 1e12:.0f} TFLOP/s.")
+
 
 # ---- What a step needs, counted without a GPU ----------------------------------------------------
 GPUS, BATCH = 8, 1024  # MSN trains with 128 images per GPU.
 H100_RATE, SHARE_REACHED = 989e12, 0.4  # FLOP/s, dense bfloat16; the share is an assumption
 INAT_IMAGES, EPOCHS = 437_513, 300
+
 
 @contextlib.contextmanager
 def shapes_only():
@@ -196,10 +208,12 @@ def shapes_only():
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(pmsn, "check_prior"):
         yield
 
+
 def empty_views(images):
     """Views of MSN's recipe: target and masked (B, 3, 224, 224), 10 small crops of 96 pixels."""
     large, small = (images, 3, 224, 224), (10 * images, 3, 96, 96)
     return [torch.empty(large), torch.empty(large), torch.empty(small)]
+
 
 def count_flops(model, views):
     """FLOPs of a training step: forward, backward and target. A product and a sum count as two."""
@@ -209,6 +223,7 @@ def count_flops(model, views):
         loss, _ = model(views)
         loss.backward()
     return counter.get_total_flops()
+
 
 def saved_bytes(model, views):
     """Bytes that the forward pass under bfloat16 autocast keeps for the backward pass.
@@ -229,6 +244,7 @@ def saved_bytes(model, views):
     for parameter in model.parameters():
         storages.pop(id(parameter.untyped_storage()), None)
     return sum(storage.nbytes() for storage in storages.values())
+
 
 def count_step(vit):
     """What a step of MSN's recipe needs, without and with activation checkpointing.
@@ -267,6 +283,7 @@ def count_step(vit):
         count["block"] = saved / vit[1]
     return counts
 
+
 def memory_parts(count, images, gpus):
     """Bytes on one GPU with this number of images, by purpose. The sum estimates the peak."""
     # Each trained weight has a gradient and two averages of AdamW, in float32. With several GPUs,
@@ -283,6 +300,7 @@ def memory_parts(count, images, gpus):
         # Both need about as much memory as the activations of one block.
         "backward pass of one block": count["block"] * images,
     }
+
 
 def print_counts():
     """A table for ViT-S and ViT-B with patches of 16 pixels: FLOPs, memory, hours on 8 H100."""
@@ -308,18 +326,19 @@ def print_counts():
             }
             for name, value in rows.items():
                 table.setdefault(name, []).append(value)
-    print(f"Patch 16, 1024 prototypes, a target view and a masked view of 224 pixels (15% of the "
+    say(f"Patch 16, 1024 prototypes, a target view and a masked view of 224 pixels (15% of the "
           f"patches dropped),\n10 small crops of 96 pixels, batch {BATCH} over {GPUS} GPUs, "
           f"bfloat16 autocast. Counted, not measured.\n")
     for names in zip(*columns):
-        print(f"{'':<44}", *[f"{name:>13}" for name in names])
+        say(f"{'':<44}", *[f"{name:>13}" for name in names])
     for name, values in table.items():
-        print(f"{name:<44}", *[f"{value:>13}" for value in values])
-    print(f"\nSpeed and hours assume {SHARE_REACHED:.0%} of {H100_RATE / 1e12:.0f} TFLOP/s (dense "
+        say(f"{name:<44}", *[f"{value:>13}" for value in values])
+    say(f"\nSpeed and hours assume {SHARE_REACHED:.0%} of {H100_RATE / 1e12:.0f} TFLOP/s (dense "
           f"bfloat16 rate of an H100).\niNat18 has {INAT_IMAGES:,} images, and training {EPOCHS} "
           "epochs. The workers of the data loader must keep up:\nwithout --count this script shows "
           "how long a core needs per image. Checkpointed: --checkpoint_activations.\nAttention "
           "keeps q, k, v, its result and one float per head and token, as flash attention does.")
+
 
 # ---- The check of a new machine ------------------------------------------------------------------
 # The small network is for CPUs. Eight images per view: make_views draws random numbers for eight
@@ -327,6 +346,7 @@ def print_counts():
 LARGE = {"image_size": 224, "patch_size": 16, "focal_size": 96, "vit": MODELS["vit_small"]}
 SMALL = {"image_size": 32, "patch_size": 8, "focal_size": 16, "vit": (96, 2, 3)}
 CHECK_IMAGES = 8
+
 
 def gpu_check(paths, folder, args):
     """Run all checks, print a line for each, and return the number of failed ones.
@@ -349,37 +369,38 @@ def gpu_check(paths, folder, args):
         "speed and memory": speed_rows(paths, device, size, args),
     }
     name = torch.cuda.get_device_name() if cuda else "CPU, because there is no CUDA GPU"
-    print(f"{name}, torch {torch.__version__}\n{'':<62} {'measured':>9}    bound")
+    say(f"{name}, torch {torch.__version__}\n{'':<62} {'measured':>9}    bound")
     began = time.perf_counter()
     results = []  # True for each row that keeps its bound
     for title, rows in checks.items():
-        print(title, flush=True)
+        say(title)
         try:
             for row in rows:
                 results.append(print_row(*row))
         except Exception as error:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"  {'stopped by an error':<60} {'-':>9}    {'-':<9} FAILED {reason[:200]}",
-                  flush=True)
+            say(f"  {'stopped by an error':<60} {'-':>9}    {'-':<9} FAILED {reason[:200]}")
             results.append(False)
     failed = results.count(False)
     seconds = time.perf_counter() - began
-    print(f"{failed} of {len(results)} failed, in {seconds:.0f} seconds")
+    say(f"{failed} of {len(results)} failed, in {seconds:.0f} seconds")
     return failed
+
 
 def print_row(name, value, relation, bound):
     """Print a row. Returns whether its number keeps its bound."""
     # Every comparison with nan is false, so nan fails.
     ok = {"<=": value <= bound, ">=": value >= bound, "==": value == bound}[relation]
-    print(f"  {name:<60} {value:>9.3g} {relation} {bound:<9.3g} {'ok' if ok else 'FAILED'}",
-          flush=True)
+    say(f"  {name:<60} {value:>9.3g} {relation} {bound:<9.3g} {'ok' if ok else 'FAILED'}")
     return ok
+
 
 def relative_difference(x, reference):
     """norm(x - reference) / norm(reference), for tensors of any shape."""
     x, reference = x.double(), reference.double()
     return (torch.linalg.vector_norm(x - reference) / torch.linalg.vector_norm(reference)).item()
+
 
 def make_check(paths, device, size):
     """A model with random weights and views of images, the same ones in every call."""
@@ -388,6 +409,7 @@ def make_check(paths, device, size):
     crops = load_crops(paths, CHECK_IMAGES, device, rand_size=size["image_size"],
                        focal_size=size["focal_size"], focal_views=1)
     return model, crops, pmsn.make_views(crops)
+
 
 def run_step(network, views, bfloat16=False):
     """The loss and the gradient of all trained weights, (n,). Patches are dropped as ever."""
@@ -399,10 +421,12 @@ def run_step(network, views, bfloat16=False):
     loss.backward()
     return loss.detach(), flat_gradient(network)
 
+
 def flat_gradient(module):
     """The gradients of all trained weights, one after the other, (n,)."""
     return torch.cat([weight.grad.flatten() for weight in module.parameters()
                       if weight.requires_grad])
+
 
 # ---- The six checks. Each row is (name, measured number, relation, bound) ------------------------
 def precision_rows(paths, device, size):
@@ -436,6 +460,7 @@ def precision_rows(paths, device, size):
     yield "whole step: loss", relative_difference(mixed_loss, loss), "<=", 0.003
     yield "whole step: gradient", relative_difference(mixed_gradient, gradient), "<=", 0.2
 
+
 def encoder_step(encoder, views, bfloat16):
     """Features of masked and small views, (16, d), and the gradient of a random sum of them."""
     device = views[0].device
@@ -447,6 +472,7 @@ def encoder_step(encoder, views, bfloat16):
     (features.float() * weights.to(device)).sum().backward()
     return features.detach(), flat_gradient(encoder)
 
+
 def loss_inputs():
     """Anchors (192, 256) and targets (64, 256) in bfloat16, prototypes (1024, 256), a prior."""
     generator = torch.Generator().manual_seed(0)
@@ -457,6 +483,7 @@ def loss_inputs():
     prior = pmsn.power_law_prior(1024, 0.25)
     return anchors.bfloat16(), targets.bfloat16(), prototypes.requires_grad_(), prior
 
+
 def loss_by_formula(anchors, targets, prototypes, prior):
     """The loss of pmsn.pmsn_loss with its default options, from its formula."""
     prototypes = F.normalize(prototypes, dim=1)
@@ -466,6 +493,7 @@ def loss_by_formula(anchors, targets, prototypes, prior):
     p_target = p_target.repeat(len(anchors) // len(targets), 1)
     p_bar = p.mean(dim=0)
     return -(p_target * p.log()).sum(dim=1).mean() + (p_bar * (p_bar / prior).log()).sum()
+
 
 def compile_rows(paths, device, size):
     """Checkpointed activations and compiled encoders, as with the two flags of train_inat.py."""
@@ -512,6 +540,7 @@ def compile_rows(paths, device, size):
     yield (f"both ({name}), bfloat16 against float32: gradient",
            relative_difference(gradient_both, gradient), "<=", 0.2)
 
+
 def view_rows(paths, device, size):
     """pmsn.make_views with the same random numbers, which are drawn on the CPU for any device."""
     _, crops, _ = make_check(paths, device, size)
@@ -524,6 +553,7 @@ def view_rows(paths, device, size):
         # and a blur with TF32 convolutions would differ by about 1e-3.
         difference = (view.cpu() - on_cpu).abs().max().item()
         yield f"make_views, {name} view: largest difference", difference, "<=", 1e-4
+
 
 def process_rows(paths, device, size, folder):
     """A step of DistributedDataParallel with one process, and what train_inat.py communicates."""
@@ -555,6 +585,7 @@ def process_rows(paths, device, size, folder):
         yield f"DDP and {norm}: gradient", relative_difference(ddp_gradient, gradient), "<=", 1e-4
     finally:
         dist.destroy_process_group()
+
 
 def restart_rows(paths, device, size, folder):
     """Two epochs of train_inat.py. One run is killed after its first checkpoint, then restarted."""
@@ -594,6 +625,7 @@ def restart_rows(paths, device, size, folder):
     difference = (torch.linalg.vector_norm(end - expected) / moved).item()
     yield "its weights against a run without a kill", difference, "<=", 0.3 if cuda else 0
 
+
 def link_images(paths, folder, count):
     """Links to images in four class folders. With few paths, an image has several links."""
     for i in range(count):
@@ -602,10 +634,12 @@ def link_images(paths, folder, count):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(source)
 
+
 def load_weights(out):
     """All floats of the model in checkpoint.pt, (n,), in float64."""
     state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
     return torch.cat([x.double().flatten() for x in state.values() if x.is_floating_point()])
+
 
 def run_training(command, out, kill=False):
     """Run train_inat.py until it ends, or kill it after its first checkpoint. Returns its log.
@@ -637,6 +671,7 @@ def run_training(command, out, kill=False):
         raise RuntimeError(f"train_inat.py ended with status {status}: {end}")
     return text
 
+
 def speed_rows(paths, device, size, args):
     """Images per second of the training step with make_views, and the peak of its GPU memory."""
     if device.type == "cpu":
@@ -666,19 +701,22 @@ def speed_rows(paths, device, size, args):
     expected = sum(memory_parts(counts, args.batch_size, gpus=1).values())
     yield f"{title}: peak of GPU memory in GiB", peak / 2**30, "<=", 1.5 * expected / 2**30
 
+
 # ---- Command line --------------------------------------------------------------------------------
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser("Does training work on this machine, how fast, and with how much memory?")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--gpu_check", action="store_true", help="is everything right on this GPU?")
     what.add_argument("--count", action="store_true", help="FLOPs, memory and hours on 8 H100")
     add("--data", type=Path, help="a folder with images (default: synthetic ones)")
-    add("--model", default="vit_small", choices=MODELS, help="default: vit_small")
-    add("--batch_size", type=number(int, 8), default=128, help="images on a GPU (default: 128)")
-    add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="default: all cores")
+    add("--model", default="vit_small", choices=MODELS, help="vision transformer")
+    add("--batch_size", type=number(int, 8), default=128, help="images on a GPU")
+    add("--workers", type=number(int, 1, 1000), default=available_cores(),
+        help="processes that load images")
     add("--compile", action="store_true", help="use torch.compile on the GPU")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="default: 0")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights and synthetic images")
     add("--quick", action="store_true", help="8 images, and a small network for the check")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
@@ -702,8 +740,8 @@ def main(argv=None):
         if torch.cuda.is_available():
             benchmark_gpu(paths, args)
         else:
-            print("There is no CUDA GPU here. With one, the training step is measured too.")
+            say("There is no CUDA GPU here. With one, the training step is measured too.")
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

@@ -38,12 +38,10 @@ results.json and imbalance.png. A run is in results.json as soon as it is done, 
 continues from there. The seeds change weights and mini-batches, and not the images.
 """
 
-import argparse
 import copy
 import functools
 import itertools
 import math
-import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -53,22 +51,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.models.resnet import BasicBlock
-from torchvision.transforms import v2
 
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from experiments import (Figure, UserError, cell, number, number_of_seeds, parse,
-                         print_any_text, run_or_continue, summarize)
-from mnist_corner import random_numbers, warp
+from support.drawings import SIZE
+from support.evaluation import knn_predictions, linear_probe
+from support.figures import UNIFORM, Figure, write_figure
+from support.photographs import (load_splits, make_resnet, normalize_images, random_crops,
+                                 read_images, warmup_cosine)
+from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.runs import Distinct, Parser, UserError, available_cores, command, folder, number, say
 
 GROUPS = {"with a volume term": ("SimCLR", "VICReg", "SwAV", "MSN"),
           "without a volume term": ("MAE", "data2vec")}
 LOW_LEVEL = ("luminance", "color", "orientation")
 TASKS = ("class", *LOW_LEVEL)
-SIZE = 32  # pixels per side of an image
+
 
 # ---- Data: images, their classes, and what is low-level about them -------------------------------
 def synthetic_images(count, seed):
@@ -105,6 +104,7 @@ def synthetic_images(count, seed):
     images = torch.lerp(background, foreground.expand_as(background), shape[:, None])
     return (255 * images.clamp(0, 1)).to(torch.uint8)
 
+
 def low_level(images):
     """What needs no understanding of an image: {task: numbers (N,)}. A flip does not change it.
 
@@ -121,6 +121,7 @@ def low_level(images):
         "color": red - blue,
         "orientation": squares.angle().abs() / 2,
     }
+
 
 @functools.cache  # A process loads the images once, for all of its runs.
 def load_data(data, root, count):
@@ -147,67 +148,22 @@ def load_data(data, root, count):
         labels[1][task] = torch.bucketize(test_values[task], edges)
     return sets[0], labels[0], sets[1], labels[1]
 
-def load_splits(data, root):
-    """Data sets of torchvision for training and for tests: CIFAR10, or a folder with both."""
-    if data == "CIFAR10":
-        splits = [CIFAR10(root, train, download=True) for train in (True, False)]
-    else:
-        splits = [ImageFolder(Path(data, name)) for name in ("train", "test")]
-    if splits[0].classes != splits[1].classes:
-        raise ValueError("training and test images have different classes")
-    return splits
-
-def read_images(dataset, per_class=None):
-    """Images of a torchvision dataset, the same number of each class and the classes in turn.
-
-    uint8 (N, 3, 32, 32). Without `per_class`, as many as the smallest class has.
-    """
-    uniform = pmsn.power_law_prior(len(dataset.classes), 0.0)
-    index = pmsn.long_tail_indices(torch.tensor(dataset.targets), uniform)
-    # They are sorted by class, equally many of each.
-    index = index.view(len(uniform), -1)[:, :per_class]  # (C, n)
-    images = [dataset[i][0].resize((SIZE, SIZE)) for i in index.T.flatten().tolist()]
-    return torch.stack([v2.functional.pil_to_tensor(image) for image in images])
-
-def random_crops(images, area=(0.2, 1.0)):
-    """A random crop and flip of each image: uint8 (B, 3, 32, 32) -> (B, 3, 32, 32) in [0, 1].
-
-    Like RandomResizedCrop of torchvision, with a share of the area from `area` and an aspect ratio
-    from 3/4 to 4/3, but ten times faster, because it is one call for a mini-batch. One difference:
-    a side that would be longer than the image is as long as the image. torchvision draws again.
-    """
-    share = torch.empty(len(images), 1).uniform_(*area)
-    stretch = random_numbers(images, math.log(4 / 3) / 2, 1).exp()  # root of the aspect ratio
-    sides = (share.sqrt() * torch.cat([stretch, 1 / stretch], dim=1)).clamp(max=1)  # (B, 2)
-    shift = (1 - sides) * random_numbers(images, 1, 2)
-    sides[torch.rand(len(images)) < 0.5, 0] *= -1  # a flip
-    crops = warp(images / 255, SIZE, angle=torch.zeros(len(images)), shear=0,
-                 scale=sides[:, :, None], shift=shift[:, :, None])
-    return crops.clamp(0, 1)  # Rounding could leave this range.
 
 # ---- Encoders ------------------------------------------------------------------------------------
-def make_resnet(norm=nn.BatchNorm2d):
-    """A small ResNet, (B, 3, 32, 32) -> (B, 128). `norm` maps a number of channels to a layer."""
-    def block(inputs, outputs):  # half as many positions per side
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), norm(outputs))
-        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut, norm_layer=norm)
-
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 4, stride=2, padding=1, bias=False), norm(32), nn.ReLU(),  # 16 x 16
-        block(32, 64), block(64, 128),  # 8 x 8, 4 x 4
-        nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
 def make_head(norm=nn.BatchNorm1d):
     """The head of MSN, (B, 128) -> (B, 128), with another `norm` if there is one."""
     head = pmsn.projection_head(128, 256, 128)
     head[1], head[4] = norm(256), norm(256)
     return head
 
+
 def group_norm(channels):
     return nn.GroupNorm(8, channels)
 
+
 def make_vit(patch_size):
     return pmsn.VisionTransformer(SIZE, patch_size, embed_dim=96, depth=3, num_heads=3)
+
 
 # ---- Methods: modules that map two views, (B, 3, 32, 32) each, to (loss, terms) ------------------
 class TwoViews(nn.Module):
@@ -225,13 +181,16 @@ class TwoViews(nn.Module):
         first, second = embeddings.chunk(2)
         return self.loss(first, second, *self.prototypes)
 
+
 def simclr(**options):
     return TwoViews(functools.partial(pmsn.simclr_loss, temperature=0.2), **options)
+
 
 def masked_siamese(exponent, num_prototypes=64):
     """MSN, or PMSN if the exponent of the prior is not 0. It masks no patches of the ResNet."""
     prior = pmsn.power_law_prior(num_prototypes, exponent)
     return pmsn.PMSN(make_resnet(), prior, head=make_head(), output_dim=128, patch_drop=0)
+
 
 class MAE(nn.Module):
     """Masked autoencoder (He et al., 2022): a quarter of the patches predicts the other pixels."""
@@ -248,7 +207,8 @@ class MAE(nn.Module):
 
     def forward(self, views):
         tokens = self.encoder.embed_patches(views[0])  # (B, N, dim)
-        kept, visible = pmsn.drop_patches(tokens, 0.75)  # visible are indices, (B, kept)
+        visible = pmsn.random_patches(tokens, 0.75)  # indices, (B, kept)
+        kept = tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
         encoded = run_blocks(self.encoder, kept)[-1][:, 1:]  # without CLS
         encoded = self.decoder_embed(encoded)  # (B, kept, width)
         # The decoder sees the encoded patches at their places, and the mask token elsewhere.
@@ -258,6 +218,7 @@ class MAE(nn.Module):
         hidden = not_among(visible, tokens.shape[1])
         return mae_loss(predictions, views[0], hidden, self.patch_size), {}
 
+
 def mae_loss(predictions, images, hidden, patch_size):
     """Squared error on hidden patches (B, N). The pixels of each patch are standardized."""
     pixels = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)  # (B, N, 48)
@@ -265,10 +226,12 @@ def mae_loss(predictions, images, hidden, patch_size):
     pixels = (pixels - mean) / (variance + 1e-6).sqrt()
     return (predictions - pixels).square().mean(dim=-1)[hidden].mean()
 
+
 def not_among(indices, count):
     """Where (B, count) is no index of (B, n)?"""
     everywhere = torch.ones(len(indices), count, dtype=torch.bool)
     return everywhere.scatter(1, indices, False)
+
 
 def run_blocks(encoder, tokens):
     """The outputs of all blocks and last of the final norm: a list of (B, 1 + N, dim)."""
@@ -277,6 +240,7 @@ def run_blocks(encoder, tokens):
     for block in encoder.blocks:
         outputs.append(block(outputs[-1]))
     return [*outputs[1:], encoder.norm(outputs[-1])]
+
 
 class Data2Vec(nn.Module):
     """data2vec (Baevski et al., 2022): predict a target network's features of hidden patches."""
@@ -292,7 +256,7 @@ class Data2Vec(nn.Module):
     def forward(self, views):
         # We hide random patches. The original hides blocks, and its loss is smooth L1.
         tokens = self.encoder.embed_patches(views[0])  # (B, N, dim)
-        _, visible = pmsn.drop_patches(tokens, 0.6)
+        visible = pmsn.random_patches(tokens, 0.6)
         hidden = not_among(visible, tokens.shape[1])
         mask = self.mask_token + self.encoder.pos_embed[:, 1:]
         tokens = torch.where(hidden[:, :, None], mask, tokens)
@@ -304,6 +268,7 @@ class Data2Vec(nn.Module):
 
     def update_target(self, ema_momentum):
         pmsn.move_target(self.target_encoder, self.encoder, ema_momentum)
+
 
 def data2vec_loss(predictions, outputs, hidden):
     """Squared error on hidden patches (B, N) to the mean of normalized outputs (B, N, dim)."""
@@ -330,6 +295,7 @@ METHODS = {
 }
 UNTRAINED = {"random ResNet": make_resnet, "random ViT/4": lambda: make_vit(4),
              "random ViT/8": lambda: make_vit(8), "raw pixels": lambda: None}
+
 
 # ---- Training: one loop for all methods ----------------------------------------------------------
 class BalancedSteps(torch.utils.data.Sampler):
@@ -363,15 +329,12 @@ class BalancedSteps(torch.utils.data.Sampler):
             by_class = step[self.labels[step].argsort()].view(self.shape)
             yield from by_class.transpose(1, 2).reshape(self.accumulate, -1).tolist()
 
+
 def make_sampler(labels, classes_per_batch, seed, args):
     if args.accumulate == 1:
         return pmsn.ClassBatchSampler(labels, args.batch_size, classes_per_batch, seed=seed)
     return BalancedSteps(labels, args.batch_size, classes_per_batch, args.accumulate, seed)
 
-def warmup_cosine(step, steps):
-    """The share of the learning rate: it rises over a tenth of the steps, then falls to zero."""
-    rise = min(1.0, (step + 1) / (0.1 * steps))
-    return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 def train(name, images, sampler, seed, args):
     """The trained encoder. Only the sampler knows the classes: it makes the mini-batches.
@@ -384,7 +347,7 @@ def train(name, images, sampler, seed, args):
     method = make_method().to(memory_format=torch.channels_last)  # faster on CPUs
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
-    steps, began = args.epochs * len(sampler) // args.accumulate, time.time()
+    steps, began = args.epochs * len(sampler) // args.accumulate, time.monotonic()
     for epoch in range(1, args.epochs + 1):
         sampler.set_epoch(epoch)
         losses = []
@@ -409,18 +372,14 @@ def train(name, images, sampler, seed, args):
         mean_loss = np.mean(losses)
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss of {name} is not finite in epoch {epoch}: try a lower --lr")
-        left = round((time.time() - began) * (args.epochs - epoch) / epoch)
-        print(f"{seed:>4}  {name:<17} {sampler.classes_per_batch:>17} {epoch:>5}/{args.epochs:<4} "
-              f"{mean_loss:>9.4f} {left // 60:>8}:{left % 60:02}", flush=True)
+        left = round((time.monotonic() - began) * (args.epochs - epoch) / epoch)
+        say(f"{seed:>4}  {name:<17} {sampler.classes_per_batch:>17} {epoch:>5}/{args.epochs:<4} "
+            f"{mean_loss:>9.4f} {left // 60:>8}:{left % 60:02}")
     # The features of MSN are those of its target network. data2vec's are those of its student.
     return method.target_encoder if isinstance(method, pmsn.PMSN) else method.encoder
 
-# ---- Measuring -----------------------------------------------------------------------------------
-def normalize_images(images):
-    """Images (N, 3, H, W), uint8 or in [0, 1], as an encoder expects them."""
-    images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(images, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
 
+# ---- Measuring -----------------------------------------------------------------------------------
 @torch.no_grad()
 def features(encoder, images):
     """Frozen features (N, dim) of uint8 images. A ViT gives [CLS, mean over patches].
@@ -437,6 +396,7 @@ def features(encoder, images):
         run = encoder.eval()
     return torch.cat([run(normalize_images(part)) for part in images.split(500)])
 
+
 def measure(encoder, images, labels, test_images, test_labels):
     """{task: accuracy of a linear probe}, and k-NN for the class. Labels are {task: labels (N,)}.
 
@@ -447,11 +407,12 @@ def measure(encoder, images, labels, test_images, test_labels):
         # again from mini-batches of all classes: image i has class i % C. A ViT has no BatchNorm.
         update_bn((normalize_images(part) for part in images.split(500)), encoder)
     x, test_x = features(encoder, images), features(encoder, test_images)
-    nearest = pmsn.knn_predictions(x, labels["class"], test_x)
+    nearest = knn_predictions(x, labels["class"], test_x)
     correct = {"knn": nearest == test_labels["class"]}
     for task in labels:
-        correct[task] = pmsn.linear_probe(x, labels[task], test_x) == test_labels[task]
+        correct[task] = linear_probe(x, labels[task], test_x) == test_labels[task]
     return {task: values.double().mean().item() for task, values in correct.items()}
+
 
 def experiment(seed, name, classes_per_batch, args):
     """The results of one encoder, as `run_or_continue` needs them.
@@ -469,6 +430,7 @@ def experiment(seed, name, classes_per_batch, args):
         encoder = train(name, images, sampler, seed, args)
     return [{"seed": seed, "method": name, "classes_per_batch": classes_per_batch,
              "results": measure(encoder, *data)}]
+
 
 # ---- Tables and figures --------------------------------------------------------------------------
 def add_drops(runs, num_classes):
@@ -496,6 +458,7 @@ def add_drops(runs, num_classes):
             results.update(drops)
     return learned
 
+
 def group_drops(runs, learned):
     """The mean drops of both groups of methods, and their difference, for each seed.
 
@@ -521,6 +484,7 @@ def group_drops(runs, learned):
                   for group, results in of_groups.items()]
     return found
 
+
 def plot(runs, learned, classes_per_batch, args):
     """Figure 5: what imbalanced mini-batches cost. A bar is a mean over seeds, a dot one seed."""
     rows, columns = len(classes_per_batch), len(TASKS)
@@ -531,7 +495,7 @@ def plot(runs, learned, classes_per_batch, args):
             drops = [run["results"][f"drop_{task}"] for run in runs
                      if (run["method"], run["classes_per_batch"]) == (name, count)]
             volume = name not in GROUPS["without a volume term"]
-            ax.bar(name, np.mean(drops), color="#30638e" if volume else "#8c8c8c",
+            ax.bar(name, np.mean(drops), color=UNIFORM if volume else "#8c8c8c",
                    alpha=1.0 if name in learned else 0.3)
             ax.plot([name] * len(drops), drops, "ko", markersize=3.5)
         ax.axhline(0, color="black", linewidth=0.8)
@@ -541,39 +505,39 @@ def plot(runs, learned, classes_per_batch, args):
     figure.suptitle("What mini-batches with few classes cost, against all classes (blue: with a "
                     "volume term; pale: did not learn the class; "
                     f"a dot is one of {len(args.seeds)} seeds)")
-    figure.savefig(args.out / "imbalance.png", dpi=130)
+    return figure
+
 
 # ---- Command line --------------------------------------------------------------------------------
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = Parser("What class-imbalanced mini-batches do to six methods (table 1 of the paper)")
+    add, several = parser.add_argument, {"nargs": "+", "action": Distinct}
     add("--data", default="synthetic", help="synthetic, CIFAR10 or a folder with train and test")
     add("--root", default="data", help="where torchvision keeps CIFAR10")
-    add("--out", type=Path, help="folder for results and figure, if not a new one in runs")
-    add("--methods", nargs="+", choices=METHODS, default=sum(GROUPS.values(), ()),
+    add("--out", type=folder, help="folder for results and figure, if not a new one in runs")
+    add("--methods", **several, choices=METHODS, default=sum(GROUPS.values(), ()),
         help="what to train")
-    add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="one run each")
-    add("--classes_per_batch", nargs="+", type=number(int, 1), default=[1],
+    add("--seeds", **several, type=number(int, 0, 2**32 - 1), default=[0], help="one run each")
+    add("--classes_per_batch", **several, type=number(int, 1), default=[1],
         help="to be compared with all classes")
     add("--images", type=number(int, 60), default=5000, help="at most, per set")
     add("--epochs", type=number(int, 1), default=6, help="of training")
     add("--batch_size", type=number(int, 4), default=250, help="images per mini-batch")
     add("--accumulate", type=number(int, 1), default=1, help="mini-batches per optimizer step")
     add("--lr", type=number(float, 1e-9), help="learning rate (default: one for each method)")
-    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
-    add("--quick", action="store_true", help="1 epoch of two methods on 300 images")
-    args = parse(parser, argv)
+    add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
+    add("--quick", action="store_true", help="1 epoch of two methods on 100 images")
+    args = parser.parse_args(argv)
     if args.quick:
-        args.methods, args.images, args.epochs = ["SimCLR", "MAE"], 300, 1
+        args.methods, args.images, args.epochs = ["SimCLR", "MAE"], 100, 1
     name = "quick" if args.quick else Path(args.data).name
     args.out = args.out or Path("runs", f"imbalance_{name}")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         classes = load_data(args.data, args.root, args.images)[1]["class"]
         num_classes = len(classes.unique())
         if args.quick:
-            args.batch_size = 3 * num_classes
+            args.batch_size = num_classes
         counts = [num_classes, *(n for n in args.classes_per_batch if n != num_classes)]
         if len(counts) == 1:
             raise ValueError(f"--classes_per_batch must be other than all {num_classes} classes")
@@ -583,35 +547,30 @@ def main(argv=None):
             raise ValueError(
                 f"{len(classes)} images give {steps} mini-batches of {counts} classes. Choose "
                 "--batch_size and --images such that it divides the images of each class")
-    # A broken image can cause a SyntaxError.
-    except (OSError, SyntaxError, RuntimeError, ValueError) as error:
-        parser.error("cannot start with this --data, --out, --images, --batch_size or "
-                     f"--accumulate: {' '.join(str(error).split())}")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError("cannot start with this --data, --images, --batch_size or --accumulate: "
+                        f"{error}") from error
     jobs = [*itertools.product(args.seeds, args.methods, counts),
             *itertools.product(args.seeds, UNTRAINED, [num_classes])]
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "root", "methods", "seeds", "classes_per_batch", "workers")}
     config["rates"] = {name: args.lr or lr for name, (_, lr, *_) in METHODS.items()}
 
-    print("seed  method            classes per batch epoch        loss       left", flush=True)
-    began = time.time()
-    try:
-        runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
-    except (OSError, UserError) as error:
-        parser.error(str(error))
+    say("seed  method            classes per batch epoch        loss       left")
+    runs = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
     learned = add_drops(runs, num_classes)
     summary = summarize(runs + group_drops(runs, learned),
                         key=lambda run: (run["method"], run["classes_per_batch"]))
     columns = ["class", "knn", "drop_share",
                *(f"drop_{task}" for task in ("class", "knn", *LOW_LEVEL))]
-    print(f"\naccuracy, and its drop against all classes per mini-batch: mean ± std over "
-          f"n = {number_of_seeds(summary)} seeds")
-    print(f"{'method':<22}{'classes':>9}" + "".join(f"{column:>18}" for column in columns))
+    say(f"\naccuracy, and its drop against all classes per mini-batch: mean ± std over "
+        f"n = {number_of_seeds(summary)} seeds")
+    say(f"{'method':<22}{'classes':>9}" + "".join(f"{column:>18}" for column in columns))
     for (name, count), row in summary.items():
-        print(f"{name:<22}{count:>9}" + "".join(f"{cell(row, column):>18}" for column in columns))
-    plot(runs, learned, counts[1:], args)
-    print(f"After {time.time() - began:.0f} s, results.json and imbalance.png are in {args.out}")
+        say(f"{name:<22}{count:>9}" + "".join(f"{cell(row, column):>18}" for column in columns))
+    write_figure(args.out / "imbalance.png", plot, runs, learned, counts[1:], args)
+    say(f"results.json and imbalance.png are in {args.out}")
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

@@ -17,11 +17,9 @@ Not in the paper: a small U-Net, flow matching, and noise on the projections (se
 --out gets rcdm.png, rcdm_images.png (samples of real images), rcdm.json, and the trained models.
 """
 
-import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -35,11 +33,17 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
-from experiments import (Figure, UserError, cell, finite, made_by, number, number_of_seeds, parse,
-                         print_any_text, run_in_processes, save, summarize)
-from mnist_corner import DIM, EXPONENT, LABELS, model_path, purity
+from mnist_corner import DIM, EXPONENT, LABELS, model_path
+from support import drawings
+from support.evaluation import purity
+from support.figures import Figure, write_figure
+from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.runs import (Distinct, Parser, UserError, available_cores, command, folder, load_file,
+                          number, say, write_whole)
 
 BATCH_SIZE = 128
+PRIORS = {EXPONENT: "power-law prior (PMSN)", 0.0: "uniform prior (MSN)"}  # by their exponents
+
 
 # ---- RCDM: a U-Net and flow matching (Lipman et al., 2023) --------------------------------------
 class Block(nn.Module):
@@ -61,6 +65,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
+
 
 class UNet(nn.Module):
     """Noisy images (B, 1, 32, 32), times (B,), projections (B, DIM) -> velocities of the images."""
@@ -91,6 +96,7 @@ class UNet(nn.Module):
         x = self.up16(torch.cat([x, skip16], dim=1), condition)  # (B, 32, 16, 16)
         return F.pixel_shuffle(self.last(x), 2)
 
+
 def flow_loss(model, images, projections):
     """Flow matching: x_t = (1 - t) image + t noise, and the model predicts dx_t / dt."""
     noise = torch.randn_like(images)
@@ -99,6 +105,7 @@ def flow_loss(model, images, projections):
     t = times[:, None, None, None]
     velocities = model((1 - t) * images + t * noise, times, projections)
     return F.mse_loss(velocities, noise - images)
+
 
 def sample(velocity, noise, steps=25):
     """Follow dx/dt = velocity(x, t) from noise (t = 1) to images (t = 0), by the midpoint rule."""
@@ -109,6 +116,7 @@ def sample(velocity, noise, steps=25):
         x = x - velocity(middle, t - step / 2) * step
     return x
 
+
 @torch.no_grad()
 def draw(unet, projections, noise):
     """Samples (R, S, 1, 32, 32) of projections (R, DIM), from noise (R or 1, S, 1, 32, 32)."""
@@ -118,17 +126,20 @@ def draw(unet, projections, noise):
         rows.append(sample(lambda x, t: unet(x, x.new_full((len(x),), t), condition), x))
     return torch.stack(rows)
 
+
 # ---- PMSN and its images -------------------------------------------------------------------------
 def load_pmsn(path, exponent):
     """A model of mnist_corner.py."""
-    model = mnist_corner.make_model(mnist_corner.make_encoder(mnist_corner.SIZE), 10, exponent)
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    model = drawings.make_pmsn(drawings.make_encoder(drawings.SIZE), 10, exponent, DIM)
+    model.load_state_dict(load_file(path))
     return model.eval().requires_grad_(False)
+
 
 def project(model, images):
     """Projections (N, DIM) of images by the target network, with length 1."""
     parts = [model.target_head(model.target_encoder(part)) for part in images.split(1000)]
     return F.normalize(torch.cat(parts), dim=1)
+
 
 def add_noise(projections, length=0.5):
     """Add normal noise of about this length to projections (N, DIM), and scale them to length 1."""
@@ -136,6 +147,7 @@ def add_noise(projections, length=0.5):
     # what images have in common whose projections are near a point, whatever the point.
     noise = length / math.sqrt(DIM) * torch.randn_like(projections)
     return F.normalize(projections + noise, dim=1)
+
 
 class CornerImages:
     """Random images of mnist_corner.py, (N, 1, 32, 32), with labels."""
@@ -146,15 +158,16 @@ class CornerImages:
 
     def batch(self, count, exponent, test=False):
         digits, labels = self.test_digits if test else self.train_digits
-        index = mnist_corner.sample(labels, exponent, count)
+        index = drawings.sample(labels, exponent, count)
         kinds = torch.randint(len(self.backgrounds), (count,))
         images = mnist_corner.make_view(digits[index], self.backgrounds[kinds], self.settings)
         return images, {"digit": labels[index], "background": kinds}
 
+
 # ---- Training ------------------------------------------------------------------------------------
 def train_classifier(source, steps):
     """A supervised network for digit and background: (B, 1, 32, 32) -> (B, 2, 10)."""
-    network = nn.Sequential(mnist_corner.make_encoder(32), nn.GELU(),
+    network = nn.Sequential(drawings.make_encoder(32), nn.GELU(),
                             nn.Linear(128, 2 * 10), nn.Unflatten(1, (2, -1)))
     optimizer = torch.optim.AdamW(network.parameters())
     for step in range(steps):
@@ -167,12 +180,13 @@ def train_classifier(source, steps):
         optimizer.step()
     return network
 
+
 def train_unet(model, source, steps, name):
     """A diffusion model for the projections of one PMSN, and its loss in the last 100 steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, unet = model.to(device), UNet().to(device)
     optimizer = torch.optim.AdamW(unet.parameters())
-    began, losses = time.time(), []
+    began, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 100) * (1 - step / (steps + 1))
         images = source.batch(BATCH_SIZE, EXPONENT)[0].to(device)
@@ -185,22 +199,24 @@ def train_unet(model, source, steps, name):
         optimizer.step()
         losses.append(loss.item())
         if step % 100 == 0 or step == steps:
-            left = (time.time() - began) * (steps / step - 1)
+            left = (time.monotonic() - began) * (steps / step - 1)
             mean = np.mean(losses[-100:])
-            print(f"{name}{step:>7}{mean:>9.4f}{left:>7.0f}s", flush=True)
+            say(f"{name}{step:>7}{mean:>9.4f}{left:>7.0f}s")
     model.cpu()
     return unet.cpu(), mean
 
+
 # ---- One experiment ------------------------------------------------------------------------------
 def experiment(seed, exponent, args):
-    """Draw the prototypes of one PMSN. Returns its entry in rcdm.json, and images for figures."""
+    """Draw the prototypes of one PMSN. Returns its run. The images for figures go to a file."""
     torch.set_num_threads(1)  # faster here, because the runs are side by side
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
     source = CornerImages(SimpleNamespace(**args.corner))
     model = load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     classifier = train_classifier(source, args.steps // 4)
     unet, loss = train_unet(model, source, args.steps, name=f"{seed:>4}{exponent:>9.2f}")
-    save(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
+    write_whole(args.out / f"unet_{exponent:g}_{seed}.pt",
+                lambda path: torch.save(unet.state_dict(), path))
 
     torch.manual_seed(seed)  # A saved U-Net draws the same again.
     prototypes = F.normalize(model.prototypes, dim=1)  # (10, DIM)
@@ -225,7 +241,7 @@ def experiment(seed, exponent, args):
         results[f"{what}_of_images"] = purity(groups, labels[what], shares)
         right = test_found[what] == test_labels[what]
         results[f"{what}_accuracy"] = right.float().mean().item()
-    record = {"seed": seed, "exponent": exponent, "results": finite(results),
+    record = {"seed": seed, "exponent": exponent, "results": results,
               "shares": shares.tolist()}
 
     # In the figures all rows get the same noise, so that one sees what the prototype changes.
@@ -235,113 +251,119 @@ def experiment(seed, exponent, args):
     of_references = draw(unet, project(model, references), noise)
     pictures = {"shares": shares[order], "prototypes": draw(unet, prototypes[order], noise),
                 "images": torch.cat([references[:, None], of_references], dim=1)}
-    return record, {name: picture.numpy() for name, picture in pictures.items()}
+    write_whole(pictures_path(args.out, exponent, seed), lambda path: torch.save(pictures, path))
+    return [record]
+
+
+def pictures_path(folder, exponent, seed):
+    return folder / f"pictures_{exponent:g}_{seed}.pt"
+
+
+def load_pictures(folder, seed):
+    return {exponent: load_file(pictures_path(folder, exponent, seed)) for exponent in PRIORS}
+
 
 @torch.no_grad()
 def classify(network, images):
     outputs = torch.cat([network(part) for part in images.split(1000)])
     return dict(zip(LABELS, outputs.argmax(dim=2).T))
 
+
 # ---- Figures -------------------------------------------------------------------------------------
 def show(ax, images):
     """Images (rows, columns, 1, 32, 32) in about [-1, 1] as one picture with white lines."""
     rows, columns = images.shape[:2]
     tiles = np.ones((rows, columns, 34, 34))
-    tiles[..., 1:-1, 1:-1] = images[:, :, 0].clip(-1, 1) / 2 + 0.5
+    tiles[..., 1:-1, 1:-1] = images[:, :, 0].clamp(-1, 1) / 2 + 0.5
     tiles = tiles.transpose(0, 2, 1, 3).reshape(34 * rows, 34 * columns)
     ax.imshow(tiles, cmap="gray", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-def plot(pictures, summary, out):
-    """rcdm.png shows samples of prototypes, and rcdm_images.png samples of real images."""
+
+def plot_prototypes(pictures, summary):
+    """Samples of the prototypes of both models, and what these samples have in common."""
     figure = Figure(figsize=(12, 8.4), layout="constrained")
-    figure2 = Figure(figsize=(12, 6.9), layout="constrained")
-    axes, axes2 = figure.subplots(1, 2), figure2.subplots(1, 2)
     wins = {}
-    for ax, ax2, (exponent, shown) in zip(axes, axes2, pictures.items()):
-        row, agree, scores = summary[exponent], [], {"nothing": 0.3}  # less is not clear
+    for ax, (exponent, shown) in zip(figure.subplots(1, 2), pictures.items()):
+        # A prototype stands for the feature that its samples share more often than by chance. If
+        # the shares are less than .3 of the way from chance to 1, it stands for nothing clear.
+        row, agree, scores = summary[exponent], [], {"nothing": 0.3}
         for what in LABELS:
             share, chance = (row[f"{what}_{of}"]["mean"] for of in ("of_samples", "by_chance"))
             agree.append(f"the same {what}: {share:.2f} (by chance {chance:.2f})")
             scores[f"a {what}"] = (share - chance) / (1 - chance)
         wins[exponent] = max(scores, key=scores.get)
-        prior = "power-law prior (PMSN)" if exponent else "uniform prior (MSN)"
-        ax.set_title("\n".join([f"{prior}: samples of a prototype show", *agree]))
+        ax.set_title("\n".join([f"{PRIORS[exponent]}: samples of a prototype show", *agree]))
         show(ax, shown["prototypes"])
         ax.set_yticks(17 + 34 * np.arange(10), [f"{share:.0%}" for share in shown["shares"]])
-        ax2.set_title(prior)
-        show(ax2, shown["images"])
-        ax2.axvline(33.5, color="black", linewidth=4)
-    power_law, uniform = wins.values()
-    figure.suptitle(f"A prototype stands for {power_law} under the power-law prior and for "
-                    f"{uniform} under the uniform prior", fontsize="x-large")
+    figure.suptitle(f"A prototype stands for {wins[EXPONENT]} under the power-law prior and for "
+                    f"{wins[0.0]} under the uniform prior", fontsize="x-large")
     figure.supxlabel("Each row: samples of one prototype, last seed (left: its share of images). "
                      "Each column: the same noise. Numbers: mean over "
                      f"n = {number_of_seeds(summary)} seeds",
                      fontsize="medium")
-    figure2.suptitle("Left of the line: a real image. Right of it: samples of its projection",
-                     fontsize="x-large")
-    figure.savefig(out / "rcdm.png")
-    figure2.savefig(out / "rcdm_images.png")
+    return figure
+
+
+def plot_images(pictures):
+    """Real images, and samples of their projections."""
+    figure = Figure(figsize=(12, 6.9), layout="constrained")
+    for ax, (exponent, shown) in zip(figure.subplots(1, 2), pictures.items()):
+        ax.set_title(PRIORS[exponent])
+        show(ax, shown["images"])
+        ax.axvline(33.5, color="black", linewidth=4)
+    figure.suptitle("Left of the line: a real image. Right of it: samples of its projection",
+                    fontsize="x-large")
+    return figure
+
 
 # ---- Command line --------------------------------------------------------------------------------
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("What a prototype stands for, drawn by a diffusion model (figures 2 and 4)")
     add = parser.add_argument
     add("--models", type=Path, help="--out of mnist_corner.py (default: train models in --out)")
-    add("--out", type=Path, default="runs/rcdm", help="folder for results and figures")
-    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
+    add("--out", type=folder, default="runs/rcdm", help="folder for results and figures")
+    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", action=Distinct, default=[0],
+        help="one run each")
     add("--steps", type=number(int, 10), default=1600, help="of the diffusion model")
-    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
     add("--quick", action="store_true", help="few images and steps, in half a minute")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     args.samples = 64  # of each prototype
     if args.quick:
         args.steps, args.samples = 10, 4
     seeds = list(map(str, args.seeds))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot write to --out: {error}")
     if args.models is None:
         args.models = args.out / ("quick_models" if args.quick else "models")
-        files = [model_path(args.models, "digit", exponent, seed)
-                 for seed, exponent in itertools.product(seeds, (EXPONENT, 0.0))]
-        if not all(file.exists() for file in [args.models / "results.json", *files]):
-            print(f"mnist_corner.py trains the models in {args.models}", flush=True)
-            flags = ["--workers", str(args.workers), *["--quick"] * args.quick]
-            mnist_corner.main(["--out", str(args.models), "--seeds", *seeds, *flags])
+        say(f"mnist_corner.py trains the models in {args.models}")
+        flags = ["--workers", str(args.workers), *["--quick"] * args.quick]
+        mnist_corner.main(["--out", str(args.models), "--seeds", *seeds, *flags])
+    jobs = list(itertools.product(args.seeds, PRIORS))
     try:
         args.corner = json.loads((args.models / "results.json").read_text())["config"]
         CornerImages(SimpleNamespace(**args.corner))
-        exponents = (EXPONENT, 0.0)
-        jobs = list(itertools.product(args.seeds, exponents))
         for seed, exponent in jobs:
             load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     except Exception as error:  # whatever a wrong file can cause
-        parser.error(f"cannot use {args.models}: {' '.join(str(error).split())}. It must be the "
-                     f"--out of one run of mnist_corner.py, with --seeds {' '.join(seeds)}")
+        raise UserError(f"cannot use {args.models}: {error}. It must be the --out of one run of "
+                        f"mnist_corner.py, with --seeds {' '.join(seeds)}") from error
 
-    print("seed exponent   step     loss    left", flush=True)
-    began, maker = time.time(), made_by()
-    try:
-        found = run_in_processes(experiment, jobs, args)
-    except UserError as error:
-        parser.error(str(error))
-    runs = [run for run, _ in found]
+    say("seed exponent   step     loss    left")
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("models", "out", "seeds", "workers")}
+    runs = run_or_continue(experiment, jobs, args, config, args.out / "rcdm.json")
     summary = summarize(runs, key=lambda run: run["exponent"])
-    save({"config": vars(args), "made_by": [maker], "seconds": round(time.time() - began),
-          "runs": runs}, args.out / "rcdm.json")
-    print(f"\nmean ± std over n = {len(args.seeds)} seeds")
-    print("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in exponents))
+    say(f"\nmean ± std over n = {len(args.seeds)} seeds")
+    say("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in summary))
     for key in runs[0]["results"]:
-        print(f"{key:<24}" + "".join(f"{cell(row, key):>18}" for row in summary.values()))
-    pictures = {run["exponent"]: picture for run, picture in found}  # of the last seed
-    plot({exponent: pictures[exponent] for exponent in exponents}, summary, args.out)
-    print(f"After {time.time() - began:.0f} s, rcdm.json and the figures are in {args.out}")
+        say(f"{key:<24}" + "".join(f"{cell(row, key):>18}" for row in summary.values()))
+    last = args.out, args.seeds[-1]
+    write_figure(args.out / "rcdm.png", lambda: plot_prototypes(load_pictures(*last), summary))
+    write_figure(args.out / "rcdm_images.png", lambda: plot_images(load_pictures(*last)))
+    say(f"rcdm.json and the figures are in {args.out}")
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

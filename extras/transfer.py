@@ -4,7 +4,7 @@
     python extras/transfer.py --encoder runs/pmsn/encoder.pt runs/msn/encoder.pt random \
         --task folder clevr_count kitti_dist --data IMAGENET CLEVR KITTI --shots 1 2 5 13
     torchrun --nproc_per_node 8 extras/transfer.py ...    # eight GPUs compute the features
-    python extras/transfer.py --quick                     # tiny, runs train_inat.py --quick itself
+    python extras/transfer.py --quick                     # a tiny network and images of noise
 
 An encoder is encoder.pt or checkpoint.pt of train_inat.py (its target encoder), a checkpoint of
 MSN, DINO or MAE, weights of a vision transformer of timm that expect the mean and the standard
@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -44,24 +43,27 @@ from torchvision.transforms import v2
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-import train_inat
-from experiments import made_by
-from train_inat import (load_file, number, print_any_text, rank, world_size, write_figure,
-                        write_whole)
-
-from matplotlib.figure import Figure  # after train_inat, which makes it work in notebooks too
+from support.evaluation import (accuracies, extract, knn_predictions, linear_probe,
+                                logistic_regression)
+from support.figures import Figure, write_figure
+from support.images import Images, center_crop, draw_noise, find_images
+from support.results import made_by, save_json
+from support.runs import (Parser, UserError, available_cores, command, folder, load_file,
+                          lock_folder, number, rank, say, start_processes, world_size, write_whole)
 
 NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of features of this dimension
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the linear probe
 DRAWS = 3  # random choices of the images for --shots
 
+
 # ---- Tasks: [(images, labels (n,))] of training and test. Images are paths or a data set ---------
 def read_classes(data):
     """The classes of the data set itself: ImageNet, Places205, iNat18."""
-    training, test = train_inat.find_images(data)
+    training, test = find_images(data)
     if test is None:
         raise ValueError("there are no validation images")
     return training, test
+
 
 def read_cifar100(data):
     download = world_size() == 1  # Several processes would collide.
@@ -69,10 +71,12 @@ def read_cifar100(data):
               for train in (True, False)]
     return [(split, torch.tensor(split.targets)) for split in splits]
 
+
 def read_item(dataset, index):
     """An image of a data set of torchvision, uint8 (3, H, W)."""
     image, _ = dataset[int(index)]
     return v2.functional.pil_to_tensor(image)
+
 
 def read_clevr(data, label_of):
     """Labels of the Visual Task Adaptation Benchmark (VTAB, Zhai et al., 2019).
@@ -86,9 +90,11 @@ def read_clevr(data, label_of):
         splits.append((paths, torch.tensor([label_of(scene["objects"]) for scene in scenes])))
     return splits
 
+
 def clevr_dist(objects):
     distance = min(shape["pixel_coords"][2] for shape in objects)
     return int(np.searchsorted((8.0, 8.5, 9.0, 9.5, 10.0), distance))  # how many are smaller
+
 
 def read_kitti(data):
     """Labels of VTAB. Only KITTI's training images have labels: a tenth of its videos is the test.
@@ -110,6 +116,7 @@ def read_kitti(data):
         labels.append(kitti_dist(objects))
     return [(paths, torch.tensor(labels)) for paths, labels in (training, test)]
 
+
 def kitti_dist(objects):
     """0: the closest vehicle is at most 8 m away. 1: at most 20 m. 2: farther. 3: no vehicle."""
     distances = [1000.0]
@@ -130,6 +137,7 @@ TASKS = {
     "kitti_dist": (read_kitti, "training/image_2/, training/label_2/, and mapping/ of the devkit"),
 }
 
+
 # ---- Encoders and their features -----------------------------------------------------------------
 # Checkpoints have their weights below one of these keys. The keys of the first line are for moving
 # averages of the weights below the others, so they are better if a file has both.
@@ -141,6 +149,7 @@ PREFIXES = ("module.", "backbone.", "target_encoder.")
 OTHER_PARTS = ("fc.", "pred.", "head.", "mask_token", "decoder_")
 # Many checkpoints hold the flags of their training, which are data and run no code.
 torch.serialization.add_safe_globals([argparse.Namespace])
+
 
 def read_weights(path):
     """The encoder's weights in a file, {name: tensor}, with the names that timm gives them.
@@ -161,9 +170,9 @@ def read_weights(path):
     if not isinstance(weights, dict):
         raise ValueError(f"the file has a {type(weights).__name__} instead of a dict of weights")
     while sets := [key for key in WEIGHT_SETS if isinstance(weights.get(key), dict)]:
-        if len(sets) > 1 and rank() == 0:
-            print(f"{path} has several sets of weights: we take {sets[0]}, not "
-                  f"{' or '.join(sets[1:])}")
+        if len(sets) > 1:
+            say(f"{path} has several sets of weights: we take {sets[0]}, not "
+                f"{' or '.join(sets[1:])}")
         weights = weights[sets[0]]
     # torch.compile puts _orig_mod before the names in whatever it has compiled: the whole network,
     # or each block.
@@ -181,6 +190,7 @@ def read_weights(path):
         weights = {name.removeprefix(prefix): weight for name, weight in weights.items()
                    if name.startswith(prefix)}
     return {name: weight for name, weight in weights.items() if not name.startswith(OTHER_PARTS)}
+
 
 def load_encoder(path):
     """A vision transformer with the weights of a file. Its shape follows from the weights."""
@@ -211,11 +221,13 @@ def load_encoder(path):
     encoder.load_state_dict(weights)
     return encoder
 
+
 def random_encoder(like, seed):
     """Untrained weights in the shape of another encoder."""
     torch.manual_seed(seed)
     return pmsn.VisionTransformer(like.grid[0] * like.patch_size, like.patch_size, like.embed_dim,
                                   len(like.blocks), like.blocks[0].attn.num_heads)
+
 
 def prepare(encoder, images, task, content, start):
     """The data set of an encoder, and the file in which its features are kept: start_hash.pt."""
@@ -223,24 +235,26 @@ def prepare(encoder, images, task, content, start):
     # As in VTAB, these images are resized as a whole. A crop would lose objects.
     whole = task in ("clevr_count", "clevr_dist", "kitti_dist")
     transform = (v2.Resize((size, size), antialias=True) if whole else
-                 partial(train_inat.center_crop, size=size))
+                 partial(center_crop, size=size))
     if task == "cifar100":
-        dataset = train_inat.Images(range(len(images)), transform, partial(read_item, images))
+        dataset = Images(range(len(images)), transform, partial(read_item, images))
     else:
-        dataset = train_inat.Images(images, transform)
+        dataset = Images(images, transform)
     # Other weights, images or crops, or another precision (bfloat16 on GPUs) get another file.
     content.update(repr((whole, torch.cuda.is_available())).encode())
     content.update(dataset.paths.tobytes())
     return dataset, Path(f"{start}_{content.hexdigest()[:12]}.pt")
 
+
 def compute(encoder, dataset, path, args, title):
     """Write the features (n, d) of all readable images, and the indices (n,) of these images."""
     watch = partial(progress, title=title) if rank() == 0 else iter
-    found = train_inat.extract(encoder, dataset, args.workers, watch)
+    found = extract(encoder, dataset, args.workers, watch)
     if rank() == 0:
         if not found[0].isfinite().all():
-            train_inat.fail(f"{title}: there are features that are not finite", "transfer.py")
+            raise UserError(f"{title}: there are features that are not finite")
         write_whole(path, lambda temporary: torch.save(found, temporary))
+
 
 def is_whole(path):
     """Whether there is such a file of features. A damaged one is computed again."""
@@ -250,22 +264,25 @@ def is_whole(path):
         return False
     return True
 
+
 def load_features(path, num_images, device):
     """Features (n, d) of the readable images, and the indices (n,) of these images."""
     features, indices = load_file(path)
     if len(indices) < num_images:
-        print(f"{num_images - len(indices)} of {num_images} images could not be read. Delete "
-              f"{path} to try again")
+        say(f"{num_images - len(indices)} of {num_images} images could not be read. Delete "
+            f"{path} to try again")
     return features.to(device), indices.to(device)
+
 
 def progress(loader, title):
     """The batches of the loader. Prints how many are done, and the time that is left."""
-    began = time.perf_counter()
+    began = time.monotonic()
     for i, batch in enumerate(loader, start=1):
         yield batch
         if i % 20 == 0 or i == len(loader):
-            left = (time.perf_counter() - began) * (len(loader) / i - 1)
-            print(f"{title}: {i:>6} of {len(loader)} batches {left:>7.0f}s left", flush=True)
+            left = (time.monotonic() - began) * (len(loader) / i - 1)
+            say(f"{title}: {i:>6} of {len(loader)} batches {left:>7.0f}s left")
+
 
 # ---- Classifiers: features (N, d), labels (N,), test features (Q, d) -> classes (Q,) -------------
 def probe(features, labels, test_features, seed):
@@ -274,12 +291,13 @@ def probe(features, labels, test_features, seed):
     held_out, kept = order.tensor_split([len(order) // 5])
 
     def accuracy(penalty):
-        predicted = pmsn.linear_probe(features[kept], labels[kept], features[held_out], penalty)
+        predicted = linear_probe(features[kept], labels[kept], features[held_out], penalty)
         return (predicted == labels[held_out]).float().mean()
 
     penalty = max(PENALTIES, key=accuracy)
     # The probe that is tested learns from all training images.
-    return pmsn.linear_probe(features, labels, test_features, penalty), penalty
+    return linear_probe(features, labels, test_features, penalty), penalty
+
 
 def draw_shots(labels, shots, seed):
     """Indices of `shots` random images per class, or of all images of a smaller class."""
@@ -287,6 +305,7 @@ def draw_shots(labels, shots, seed):
     order = order.to(labels.device)
     shuffled = labels[order]
     return torch.cat([order[shuffled == c][:shots] for c in labels.unique()])
+
 
 def low_shot(features, labels, test_features):
     """The low-shot classifier of MSN: logistic regression without biases, with the penalty .0025.
@@ -298,13 +317,14 @@ def low_shot(features, labels, test_features):
                                for x in (features, test_features)]
     # There is one column of weights per number from 0, and labels can have large gaps.
     classes, labels = labels.unique(return_inverse=True)
-    weight, _ = pmsn.logistic_regression(features, labels, penalty=0.0025, with_bias=False)
+    weight, _ = logistic_regression(features, labels, penalty=0.0025, with_bias=False)
     return classes[(test_features @ weight).argmax(dim=1)]
+
 
 def predict(features, labels, test_features, args):
     """{classifier: predictions (draws, Q)}, with one draw except for --shots, and the penalty."""
     linear, penalty = probe(features, labels, test_features, args.seed)
-    knn = pmsn.knn_predictions(features, labels, test_features, min(20, len(features)))
+    knn = knn_predictions(features, labels, test_features)
     found = {"linear": linear[None], "k-NN": knn[None]}
     for shots in args.shots:
         draws = []
@@ -314,12 +334,13 @@ def predict(features, labels, test_features, args):
         found[f"{shots}-shot"] = torch.stack(draws)
     return found, penalty
 
+
 # ---- Results -------------------------------------------------------------------------------------
 def score(predictions, test_labels, labels):
     """Accuracies in percent: means over the draws (draws, Q), and the spread of "all"."""
     rows = []
     for predicted in predictions:
-        row = train_inat.accuracies(predicted, test_labels, labels)
+        row = accuracies(predicted, test_labels, labels)
         if len(row) == 2:  # "all", and one group with the same images
             row = {"all": row["all"]}
         right = (predicted == test_labels).double()
@@ -329,6 +350,7 @@ def score(predictions, test_labels, labels):
     if len(rows) > 1:
         means["std"] = 100 * np.std([row["all"] for row in rows], ddof=1)
     return means
+
 
 def compare(first, second, test_labels):
     """By how many points the first encoder is better, and the standard error of this number.
@@ -342,19 +364,21 @@ def compare(first, second, test_labels):
         variance = variance + difference.mean(dim=1).var() / len(difference)
     return difference.mean().item(), variance.sqrt().item()
 
+
 def print_tables(results, differences):
     columns = "all class many medium few std".split()
-    print("\naccuracy in percent (class: mean over the classes, std: over draws of the shots)")
-    print(f"{'task':<24}{'classifier':<10}" + "".join(f"{x:>9}" for x in columns) + "  encoder")
+    say("\naccuracy in percent (class: mean over the classes, std: over draws of the shots)")
+    say(f"{'task':<24}{'classifier':<10}" + "".join(f"{x:>9}" for x in columns) + "  encoder")
     for row in results:
         cells = [f"{row[x]:.2f}" if x in row else "" for x in columns]
-        print(f"{row['task']:<24}{row['classifier']:<10}" + "".join(f"{x:>9}" for x in cells)
+        say(f"{row['task']:<24}{row['classifier']:<10}" + "".join(f"{x:>9}" for x in cells)
               + f"  {row['encoder']}")
     if differences:
-        print("\nfirst encoder - second encoder (+- standard error)")
+        say("\nfirst encoder - second encoder (+- standard error)")
     for row in differences:
-        print(f"{row['task']:<24}{row['classifier']:<10}{row['mean']:>+9.2f} +- "
+        say(f"{row['task']:<24}{row['classifier']:<10}{row['mean']:>+9.2f} +- "
               f"{row['standard_error']:.2f}")
+
 
 def plot(differences, encoders):
     """How much better the first encoder is than the second: a bar per task and classifier."""
@@ -372,6 +396,7 @@ def plot(differences, encoders):
                     f"of {len(means)} comparisons with {encoders[1]}")
     return figure
 
+
 # ---- Command line --------------------------------------------------------------------------------
 def one_line(error):
     """What an error says, in one line of at most 200 characters."""
@@ -380,59 +405,72 @@ def one_line(error):
         text = f"{type(error).__name__}: {text}"  # KeyError, for example, only has the key.
     return " ".join(text.split())[:200]
 
+
 def parse(argv):
-    """The arguments, {name: encoder} and [(name, task, folder, training, test)] of all tasks."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = partial(train_inat.fail, script="transfer.py")
+    parser = Parser("Transfer (section 5.2 of the paper): frozen features on other tasks")
     add = parser.add_argument
     add("--encoder", nargs="+", default=[], help="files of weights, or random")
     add("--task", nargs="+", default=[], choices=TASKS, help="what the features are tested on")
     add("--data", nargs="+", default=[], type=Path, help="one folder per task")
     add("--shots", nargs="+", default=[], type=number(int, 1), help="images per class")
-    add("--out", type=Path, default="runs/transfer", help="folder for results and features")
-    add("--workers", type=number(int, 0), default=8, help="processes per device that load images")
+    add("--out", type=folder, default="runs/transfer", help="folder for results and features")
+    add("--workers", type=number(int, 0, 1000), default=min(8, available_cores()),
+        help="processes per device that load images: 8, or the number of cores")
     add("--seed", type=number(int, 0, 2**30), default=0, help="of random weights and of the shots")
-    add("--quick", action="store_true", help="tiny network and images of train_inat.py --quick")
+    add("--quick", action="store_true", help="a tiny untrained network, and images of noise")
     args = parser.parse_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot write to --out: {error}")
     if args.quick:
-        folder = args.out / "train_inat"
-        train_inat.main(["--quick", "--out", str(folder)])
-        args.encoder, args.task = [str(folder / "encoder.pt"), "random"], ["folder"]
-        args.data, args.shots, args.workers = [folder / "quick_images"], [1, 5], 0
+        if world_size() > 1:
+            parser.error("--quick is for one process")
+        args.encoder, args.task = [str(args.out / "quick_encoder.pt"), "random"], ["folder"]
+        args.data, args.shots, args.workers = [args.out / "quick_images"], [1, 5], 0
     if not args.encoder or not args.task or len(args.task) != len(args.data):
         parser.error("give at least one --encoder and one --task, and one --data per --task")
     names = [f"{task} {data.name}" if task == "folder" else task
              for task, data in zip(args.task, args.data)]
     if len({*names}) < len(names) or len({*args.encoder}) < len(args.encoder):
         parser.error("the same --task, or folder of the same name, or --encoder, is given twice")
+    return args, names
+
+
+def load(args, names):
+    """{name: encoder}, and [(name, task, folder, training, test)] of all tasks."""
     encoders, like, tasks = {}, None, []
     for name in args.encoder:
         try:
             if name != "random":
                 encoders[name] = like = load_encoder(name)
         except Exception as error:  # whatever a wrong file can cause
-            parser.error(f"--encoder {name} has no weights of a vision transformer that can be "
-                         f"read: {one_line(error)}")
+            raise UserError(f"--encoder {name} has no weights of a vision transformer that can be "
+                            f"read: {one_line(error)}") from error
     if "random" in args.encoder:
         encoders["random"] = random_encoder(like or pmsn.VisionTransformer(), args.seed)
     encoders = {name: encoders[name] for name in args.encoder}  # in the order of the command line
     for name, task, data in zip(names, args.task, args.data):
         read, layout = TASKS[task]
         try:
-            tasks.append((name, task, data, *read(data)))
+            training, (test_images, test_labels) = read(data)
+            if len(test_labels) < 2:
+                raise ValueError("there are fewer than two test images")
+            tasks.append((name, task, data, training, (test_images, test_labels)))
         except Exception as error:  # whatever a wrong folder can cause
-            parser.error(f"--data {data} must have {layout} for {task}: {one_line(error)}")
-    return args, encoders, tasks
+            raise UserError(
+                f"--data {data} must have {layout} for {task}: {one_line(error)}") from error
+    return encoders, tasks
 
+
+@command
 def main(argv=None):
-    args, encoders, tasks = parse(argv)
+    args, names = parse(argv)
     maker = made_by()
-    device = train_inat.start_processes()
+    device = start_processes()
+    lock = lock_folder(args.out) if rank() == 0 else None
+    if args.quick:
+        draw_noise(args.data[0])
+        torch.manual_seed(1)
+        small = pmsn.VisionTransformer(32, 4, embed_dim=96, depth=2, num_heads=3).state_dict()
+        write_whole(Path(args.encoder[0]), lambda path: torch.save(small, path))
+    encoders, tasks = load(args, names)
     # All processes compute the features that are missing. Two tasks can have the same features.
     files, missing = {}, {}
     for encoder_name, encoder in encoders.items():
@@ -460,7 +498,7 @@ def main(argv=None):
                 load_features(files[name, encoder_name, split], num_images, device)
                 for split, num_images in (("training", len(labels)), ("test", len(test_labels)))]
             found, penalty = predict(features, labels.to(device)[indices], test_features, args)
-            print(f"{name}, {encoder_name}: the linear probe has the penalty {penalty:g}")
+            say(f"{name}, {encoder_name}: the linear probe has the penalty {penalty:g}")
             for classifier, predicted in found.items():
                 # An image that cannot be read counts as a wrong answer.
                 answer = torch.full((len(predicted), len(test_labels)), -1)
@@ -476,13 +514,13 @@ def main(argv=None):
                 differences.append({**about, "mean": mean, "standard_error": error})
         content = {"config": vars(args), "made_by": [maker], "results": results,
                    "differences": differences}
-        text = json.dumps(content, indent=1, default=str)
-        write_whole(args.out / "transfer.json", lambda path: path.write_text(text))
+        save_json(content, args.out / "transfer.json")
     print_tables(results, differences)
     if differences:
         write_figure(args.out / "transfer.png", plot, differences, list(encoders))
-    print(f"Results and features are in {args.out}")
+    say(f"Results and features are in {args.out}")
+    lock.close()
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

@@ -9,7 +9,7 @@ expects that the uniform prior prefers this.
 We train PMSN with priors from uniform to steep, and with these losses:
 
     plain        as in the paper
-    relative     targets are sharpened relative to the prior (pmsn.sharpen)
+    relative     targets are sharpened relative to the prior (pmsn.sharpen_relative)
     Sinkhorn     targets are moved to the prior (pmsn.sinkhorn)
     both         both of these
     any_order    the prior in any order (pmsn.in_order_of)
@@ -26,9 +26,8 @@ it starts there: first labels train a network with one prototype per class, and 
 continues from it without labels. Does the prior of the classes keep them?
 
     python extras/which_prior.py              # letters, few priors, two losses, 8 minutes
-    python extras/which_prior.py --map --seeds 0 1 2    # the whole map, 80 minutes
     python extras/which_prior.py --data CIFAR10 --contrasts 0   # photographs, 17 minutes
-    python extras/which_prior.py --quick      # every step, with too little data, half a minute
+    python extras/which_prior.py --quick      # every step, with too little data, ten seconds
 
 --out gets which_prior.json and which_prior.png. The models of one seed and one kind of data are in
 which_prior.json as soon as they are done, and the same command continues from there.
@@ -37,11 +36,9 @@ one anchor per image, schedules for sharpening and target network (for letters),
 the plain one.
 """
 
-import argparse
 import functools
 import itertools
 import math
-import multiprocessing
 import sys
 import time
 from dataclasses import dataclass, field
@@ -56,12 +53,14 @@ from torch.optim.swa_utils import update_bn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from experiments import (Figure, UserError, cell, finite, number, number_of_seeds, parse,
-                         print_any_text, run_or_continue, summarize)
-from imbalance import (load_splits, make_resnet, normalize_images, random_crops, read_images,
-                       warmup_cosine)
-from mnist_corner import (agreement, background_view, digit_view, draw, draw_gratings, make_encoder,
-                          make_model, sample, schedule)
+from support.drawings import (SIZE, background_view, digit_view, draw, draw_gratings, make_encoder,
+                              make_pmsn, sample, schedule)
+from support.evaluation import agreement, knn_predictions, linear_probe
+from support.figures import Figure, write_figure
+from support.photographs import (load_splits, make_resnet, normalize_images, random_crops,
+                                 read_images, warmup_cosine)
+from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.runs import Distinct, Parser, UserError, available_cores, command, folder, number, say
 
 # 64 characters that differ at any size. We left out symbols that look the same in several fonts.
 # Otherwise a test image could be a copy of a training image.
@@ -71,7 +70,7 @@ TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold De
                "STIXGeneralBol STIXGeneralItalic DejaVuSansMono-Oblique").split()
 TEST_FONTS = ("DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique "
               "STIXGeneralBolIta").split()
-SIZE, BATCH_SIZE = 32, 256
+BATCH_SIZE = 256
 LOSSES = {  # options of the loss
     "plain": {},
     "relative": {"relative_sharpening": True},
@@ -83,6 +82,7 @@ LOSSES = {  # options of the loss
 SETTING = ("data_exponent", "contrast", "prior_exponent", "loss")
 # Accuracies that are compared with the one of the uniform prior, for head, middle and tail too
 GAINS = ("knn", "probe", "balanced_knn", "balanced_probe")
+
 
 # ---- Data ----------------------------------------------------------------------------------------
 class Letters:
@@ -100,7 +100,6 @@ class Letters:
         self.gratings, self.contrast = draw_gratings(), contrast
         self.letter_index = sample(torch.arange(num_classes).repeat(len(fonts)), exponent, count)
         self.labels = self.letter_index % num_classes
-        self.fonts = self.letter_index // num_classes
         self.backgrounds = torch.randint(len(self.gratings), (count,))
 
     def views(self, index):
@@ -113,6 +112,7 @@ class Letters:
     def all_views(self):
         """One view of every image, (count, 1, 32, 32)."""
         return torch.cat([self.views(part) for part in torch.arange(len(self.labels)).split(1000)])
+
 
 class Photographs:
     """`count` photographs, or all of them, and gratings.
@@ -153,11 +153,13 @@ class Photographs:
         gratings = background_view(self.gratings[self.backgrounds[index]])
         return torch.lerp(images, gratings.expand_as(images), self.contrast).clamp(0, 1)
 
+
 @functools.cache  # A process loads the images once, for all of its runs.
 def load_photographs(data, root):
     """Images for training and for tests, uint8 (N, 3, 32, 32) each, and the number of classes."""
     splits = load_splits(data, root)
     return *(read_images(split) for split in splits), len(splits[0].classes)
+
 
 def make_data(exponent, contrast, args):
     """Images to train on, test images, and images for the classifiers with balanced labels.
@@ -175,6 +177,7 @@ def make_data(exponent, contrast, args):
             Photographs(test_images, order, 0.0, contrast),
             Photographs(images, order, 0.0, contrast))
 
+
 # ---- Networks and training -----------------------------------------------------------------------
 @dataclass
 class Model:
@@ -188,6 +191,7 @@ class Model:
     def __post_init__(self):
         self.network.to(memory_format=torch.channels_last)  # faster on CPUs
         self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=0.05)
+
 
 def make_models(seed, args):
     """PMSN for each prior and loss. All encoders start equal."""
@@ -203,27 +207,30 @@ def make_models(seed, args):
         if key in models:
             models[key].losses.append(loss)
             continue
-        network = make_pmsn(seed, exponent, args)
-        options["prior_weight"] = args.prior_weight
+        network = make_network(seed, exponent, args)
         # The target network is tested, as in MSN.
         models[key] = Model(network, network.target_encoder, exponent, [loss], options)
     return list(models.values())
 
-def make_pmsn(seed, exponent, args):
-    return make_model(make_encoder_for(seed, args), args.prototypes, exponent, dim=64)
+
+def make_network(seed, exponent, args):
+    return make_pmsn(make_encoder_for(seed, args), args.prototypes, exponent, dim=64)
+
 
 def make_encoder_for(seed, args):
     torch.manual_seed(seed)
     return make_encoder(SIZE) if args.data == "letters" else make_resnet()
 
+
 def make_supervised(seed, args):
     """A classifier, which shows how much there is to learn. Its encoder starts like all others."""
     if args.from_labels:
-        network = ClassPrototypes(make_pmsn(seed, 0.0, args))
+        network = ClassPrototypes(make_network(seed, 0.0, args))
         return Model(network, network.pmsn.encoder, None, ["supervised"])
     encoder = make_encoder_for(seed, args)
     network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, args.classes))
     return Model(network, encoder, None, ["supervised"])
+
 
 class ClassPrototypes(nn.Module):
     """A classifier: PMSN, whose prototype k stands for class k.
@@ -239,11 +246,13 @@ class ClassPrototypes(nn.Module):
         embeddings = self.pmsn.head(self.pmsn.encoder(view))
         return pmsn.log_predictions(embeddings, self.pmsn.prototypes, temperature=0.1)
 
+
 def start_from(network, models):
     """Let all models start from the anchor network and the prototypes of this PMSN."""
     network.update_target(0.0)  # Now its target network is equal to its anchor network.
     for model in models:
         model.network.load_state_dict({**network.state_dict(), "prior": model.network.prior})
+
 
 def train(models, data, args, title):
     """Train all models on the same batches and views. model.terms are means over the last epoch."""
@@ -251,7 +260,7 @@ def train(models, data, args, title):
     steps_per_epoch = count // BATCH_SIZE
     if steps_per_epoch == 0:
         raise UserError(f"{count} images are less than one mini-batch of {BATCH_SIZE}")
-    steps, began = args.epochs * steps_per_epoch, time.time()
+    steps, began = args.epochs * steps_per_epoch, time.monotonic()
     for epoch in range(args.epochs):
         for model in models:
             model.terms = {}
@@ -283,8 +292,9 @@ def train(models, data, args, title):
             if not all(map(math.isfinite, model.terms.values())):
                 raise UserError(f"the loss is not finite in epoch {epoch + 1}: prior exponent "
                                 f"{model.exponent}, {', '.join(model.losses)}")
-        left = (time.time() - began) * (args.epochs / (epoch + 1) - 1)
-        print(f"{title}{epoch + 1:>6}{left:>7.0f}s", flush=True)
+        left = (time.monotonic() - began) * (args.epochs / (epoch + 1) - 1)
+        say(f"{title}{epoch + 1:>6}{left:>7.0f}s")
+
 
 # ---- Measures ------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -302,9 +312,7 @@ def measure(model, sets, views, num_classes):
     features, test_features, balanced_features = [
         torch.cat([encoder(part) for part in x.split(1000)]) for x in views]
     found = {"same_background": agreement(test_features, test.backgrounds)}
-    if isinstance(data, Letters):
-        found["same_font"] = agreement(test_features, test.fonts)
-    for name, predict in (("knn", pmsn.knn_predictions), ("probe", pmsn.linear_probe)):
+    for name, predict in (("knn", knn_predictions), ("probe", linear_probe)):
         for kind, x, labels in (("", features, data.labels),
                                 ("balanced_", balanced_features, balanced.labels)):
             correct = predict(x, labels, test_features) == test.labels
@@ -314,23 +322,12 @@ def measure(model, sets, views, num_classes):
         # The head is still in training mode, so its BatchNorm takes the statistics of this batch,
         # which has all training images.
         prototype = pmsn.cosine(network.target_head(features), network.prototypes).argmax(dim=1)
-        pure, spread = prototype_use(prototype, data.labels, num_classes)
+        # Is the class of an image the most frequent one of its prototype? (prototypes, classes)
+        table = F.one_hot(prototype).T.double() @ F.one_hot(data.labels, num_classes).double()
+        pure = table.argmax(dim=1)[prototype] == data.labels
         found.update(by_group("purity", pure, data.labels, num_classes))
-        found.update(by_group("spread", spread, torch.arange(num_classes), num_classes))
     return found
 
-def prototype_use(prototype, labels, num_classes):
-    """How classes share the prototypes, from the nearest prototype and the label of N images.
-
-    First (N,): is the class of an image the most frequent one of its prototype? Then (classes,):
-    the exponential of the entropy of the prototypes of a class, which says over how many of them
-    the class is spread. It is NaN for a class without images.
-    """
-    # Numbers of images, (prototypes, classes)
-    table = F.one_hot(prototype).T.double() @ F.one_hot(labels, num_classes).double()
-    pure = table.argmax(dim=1)[prototype] == labels
-    spread = torch.special.entr(table / table.sum(dim=0)).sum(dim=0).exp()
-    return pure, spread
 
 def by_group(name, values, labels, num_classes):
     """Means of all values, and those of head, middle and tail: thirds of the classes by rank.
@@ -338,9 +335,10 @@ def by_group(name, values, labels, num_classes):
     Label 0 is the most frequent class. On balanced data the thirds are only random ones.
     """
     groups = labels * 3 // num_classes
-    means = {f"{name}_{group}": values[groups == i].double().nanmean().item()
+    means = {f"{name}_{group}": values[groups == i].double().mean().item()
              for i, group in enumerate(("head", "middle", "tail"))}
-    return {name: values.double().nanmean().item(), **means}
+    return {name: values.double().mean().item(), **means}
+
 
 def experiment(seed, data_exponent, contrast, args):
     """All models for one kind of data. Returns their entries in which_prior.json."""
@@ -361,11 +359,12 @@ def experiment(seed, data_exponent, contrast, args):
         train([*models, supervised], sets[0], args, title)
     found = []
     for model in [random, *models, supervised]:
-        results = finite({**model.terms, **measure(model, sets, views, args.classes)})
+        results = {**model.terms, **measure(model, sets, views, args.classes)}
         found += [{"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
                    "prior_exponent": model.exponent, "loss": loss, "results": results}
                   for loss in model.losses]
     return found
+
 
 def add_gains(runs):
     """Add what a prior gains over the uniform one with the same seed, data and loss.
@@ -383,8 +382,9 @@ def add_gains(runs):
                 if name.startswith(GAINS):
                     results[f"gain_{name}"] = results[name] - before[name]
 
+
 # ---- Figure --------------------------------------------------------------------------------------
-def plot(summary, path):
+def plot(summary):
     """Balanced probe over the exponent of the prior: a panel per kind of data, a line per loss."""
     kinds = {(data_exponent, contrast) for data_exponent, contrast, _, _ in summary}
     data_exponents, contrasts = [sorted(set(values)) for values in zip(*kinds)]
@@ -414,46 +414,42 @@ def plot(summary, path):
                     f"classes;\nbars: standard deviation, n = {number_of_seeds(summary)} seeds)")
     figure.supxlabel("exponent of the prior (0: uniform)")
     figure.supylabel("linear probe, balanced labels")
-    figure.savefig(path)
+    return figure
+
 
 # ---- Command line --------------------------------------------------------------------------------
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Which prior for long-tailed data? Section 5.2 of the paper on a laptop")
     add, power = parser.add_argument, number(float, 0, 4)
+    several = {"nargs": "+", "action": Distinct}
     add("--data", default="letters", help="letters, CIFAR10, or a folder with train and test")
     add("--root", default="data", help="where torchvision keeps CIFAR10")
-    add("--data_exponents", type=power, nargs="+", default=[0.0, 1.0], help="class frequencies")
-    add("--contrasts", type=number(float, 0, 1), nargs="+", default=[0.0, 0.7], help="of gratings")
-    add("--prior_exponents", type=power, nargs="+", default=[0.0, 0.5, 1.0], help="of the priors")
-    add("--losses", choices=LOSSES, nargs="+", default=["plain", "both"],
+    add("--data_exponents", type=power, **several, default=[0.0, 1.0], help="class frequencies")
+    add("--contrasts", type=number(float, 0, 1), **several, default=[0.0, 0.7], help="of gratings")
+    add("--prior_exponents", type=power, **several, default=[0.0, 0.5, 1.0], help="of the priors")
+    add("--losses", choices=LOSSES, **several, default=["plain", "both"],
         help="options of the loss")
-    add("--map", action="store_true", help="more of the four flags above")
     add("--classes", type=number(int, 3, 64), default=64, help="how many letters and symbols")
     add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")
-    add("--prior_weight", type=number(float, 0, 1e6), default=1.0, help="weight of the KL term")
-    add("--out", type=Path, help="folder for results and figure, if not a new one in runs")
-    add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", default=[0], help="one run each")
+    add("--out", type=folder, help="folder for results and figure, if not a new one in runs")
+    add("--seeds", type=number(int, 0, 2_000_000_000), **several, default=[0], help="one run each")
     add("--images", type=number(int, 256), help="to train on (letters: 16,000, photographs: 5,800)")
     add("--epochs", type=number(int, 1), help="of training (letters: 10, photographs: 20)")
-    add("--workers", type=number(int, 1), default=multiprocessing.cpu_count(), help="processes")
+    add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
     add("--from_labels", action="store_true", help="start where labels lead")
-    add("--quick", action="store_true", help="few images and models, in half a minute")
-    args = parse(parser, argv)
-    if args.map:
-        args.data_exponents, args.contrasts = [0.0, 1.0, 1.5], [0.0, 0.7]
-        args.prior_exponents, args.losses = [0.0, 0.25, 0.5, 1.0, 1.5], list(LOSSES)
+    add("--quick", action="store_true", help="few images and models, in ten seconds")
+    args = parser.parse_args(argv)
     if args.quick:
-        args.data_exponents, args.prior_exponents = [1.0], [0.0, 1.0]
-        args.images, args.epochs = 1024, 1
+        args.data_exponents, args.contrasts, args.prior_exponents = [1.0], [0.7], [0.0, 1.0]
+        args.images, args.epochs = 512, 1
     letters = args.data == "letters"
-    name = "quick" if args.quick else "map" if args.map else Path(args.data).name
+    name = "quick" if args.quick else Path(args.data).name
     args.out = args.out or Path("runs", f"which_prior_{name}")
     # 2,000 images of the most frequent of ten classes give 5,858 images with frequencies k^-1.
     args.images = args.images or (16_000 if letters else 5800)
     args.epochs = args.epochs or (10 if letters else 20)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         if not letters:
             images, _, args.classes = load_photographs(args.data, args.root)
             if args.classes < 3:
@@ -463,35 +459,29 @@ def main(argv=None):
             if round(most) > len(images) // args.classes:
                 raise ValueError(f"--images {args.images} needs {most:.0f} images of the most "
                                  f"frequent class, and there are {len(images) // args.classes}")
-    # A broken image can cause a SyntaxError.
-    except (OSError, SyntaxError, RuntimeError, ValueError) as error:
-        parser.error(f"cannot load --data or write to --out: {' '.join(str(error).split())}")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load --data: {error}") from error
     if args.from_labels and args.prototypes != args.classes:
         parser.error(f"--from_labels needs one prototype per class: --prototypes {args.classes}")
 
-    print("seed     data  contrast epoch    left", flush=True)
-    began = time.time()
+    say("seed     data  contrast epoch    left")
     jobs = list(itertools.product(args.seeds, args.data_exponents, args.contrasts))
     config = {name: value for name, value in vars(args).items()
-              if name not in ("data_exponents", "contrasts", "map", "out", "root", "seeds",
-                              "workers")}
-    try:
-        runs = run_or_continue(experiment, jobs, args, config, args.out / "which_prior.json")
-    except (OSError, UserError) as error:
-        parser.error(str(error))
+              if name not in ("data_exponents", "contrasts", "out", "root", "seeds", "workers")}
+    runs = run_or_continue(experiment, jobs, args, config, args.out / "which_prior.json")
     add_gains(runs)
     summary = summarize(runs, key=lambda run: tuple(run[name] for name in SETTING))
-    print(f"\nmean ± std over n = {number_of_seeds(summary)} seeds")
+    say(f"\nmean ± std over n = {number_of_seeds(summary)} seeds")
     columns = ["knn", "probe", "balanced_knn", "balanced_probe", "same_background",
                *(f"gain_{name}" for name in GAINS)]
-    print("data contrast prior       loss" + "".join(f"{column:>20}" for column in columns))
+    say("data contrast prior       loss" + "".join(f"{column:>20}" for column in columns))
     for (data_exponent, contrast, exponent, loss), row in summary.items():
         exponent = "" if exponent is None else f"{exponent:.2f}"
-        print(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{loss:>11}"
-              + "".join(f"{cell(row, column):>20}" for column in columns))
-    plot(summary, args.out / "which_prior.png")
-    print(f"After {time.time() - began:.0f} s, results and figure are in {args.out}")
+        say(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{loss:>11}"
+            + "".join(f"{cell(row, column):>20}" for column in columns))
+    write_figure(args.out / "which_prior.png", plot, summary)
+    say(f"which_prior.json and which_prior.png are in {args.out}")
+
 
 if __name__ == "__main__":
-    print_any_text()
     main()

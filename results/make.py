@@ -15,7 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -23,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent / "extras")]
 import imbalance
 import which_prior
-from experiments import cell, summarize
+from support.results import cell, summarize
 
 READMES = [FOLDER.parent / name
            for name in ("README.md", "extras/README.md", "extras/CONTROLS.md")]
@@ -37,29 +36,37 @@ FIGURES = {
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
 }
 
+
 # ---- Files of results ----------------------------------------------------------------------------
 def path_of(name):
     return FOLDER / f"{name}.json"
 
+
 def load(name):
     return json.loads(path_of(name).read_text())
 
+
 def digest(name):
     return hashlib.sha256(path_of(name).read_bytes()).hexdigest()[:16]
+
 
 def take(name, run):
     """Copy the results of a run, with five decimals, and its figures."""
     file, = run.glob("*.json")
     content = json.loads(file.read_text(), parse_float=lambda text: round(float(text), 5))
+    # All figures are read before the first file is written: a figure may be missing.
+    images = {target: Image.open(run / source).copy()
+              for source, target in FIGURES.get(name, {}).items()}
     path_of(name).write_text(json.dumps(content, separators=(",", ":")).replace("{", "\n{") + "\n")
     info = PngInfo()
     info.add_text("results", digest(name))
-    for source, target in FIGURES.get(name, {}).items():
-        with Image.open(run / source) as image:
-            image.save(FOLDER.parent / "figures" / target, pnginfo=info, optimize=True)
+    for target, image in images.items():
+        image.save(FOLDER.parent / "figures" / target, pnginfo=info, optimize=True)
+
 
 # ---- Tables --------------------------------------------------------------------------------------
 PRIORS = {None: "", 0.0: "uniform", 1.0: "power law"}
+
 
 def table_of(runs, by, columns):
     """A row per group of runs with the same values of `by`, and a column per result.
@@ -71,12 +78,15 @@ def table_of(runs, by, columns):
             for group, row in summary.items()]
     return markdown([*by.values(), *columns.values()], rows)
 
+
 def markdown(header, rows):
     lines = (header, ["---"] * len(header), *rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+
 def with_priors_named(runs):
     return [{**run, "exponent": PRIORS[run["exponent"]]} for run in runs]
+
 
 def kmeans(name):
     """A row per method, and a column per imbalance."""
@@ -89,6 +99,7 @@ def kmeans(name):
     sizes = [f"{imbalance:g}:1" for imbalance in imbalances]
     return markdown(["sizes of the groups", *sizes], rows)
 
+
 def kmeans_shares(name):
     content = load(name)
     columns = {"share_1": "share of cluster 1", "share_2": "cluster 2", "share_3": "cluster 3"}
@@ -100,14 +111,17 @@ CORNER = {"long_tailed": "long-tailed", "exponent": "prior"}
 WITH_CHOICE = {**CORNER, "chosen": "the lower loss has the"}  # another row if a seed chose another
 LOSSES = {"digit_loss": "loss of the digit's window", "background_loss": "... of the background's"}
 
+
 def corner(name):
     return table_of(with_priors_named(load(name)["runs"]), WITH_CHOICE, LOSSES)
+
 
 def corner_neighbors(name):
     columns = {"same_digit": "same digit", "same_background": "same background",
                "prototype_digit": "purity, digit", "prototype_background": "purity, background",
                "other_font": "same digit, other fonts"}
     return table_of(with_priors_named(load(name)["runs"]), CORNER, columns)
+
 
 def corner_bounds(name):
     """What the losses could be, without any network."""
@@ -116,6 +130,7 @@ def corner_bounds(name):
         ["classes", "prior", "loss of the exact grouping", "lowest that a search finds"],
         [[classes[row["of_classes"]], PRIORS[row["of_prior"]], f"{row['exact']:.3f}",
           f"{row['lowest']:.3f}"] for row in load(name)["config"]["references"]])
+
 
 def corner_ingredients(*names):
     rows = []
@@ -131,6 +146,7 @@ def corner_ingredients(*names):
               for loss in ("digit", "background")]
     return markdown(["", *header, "right choices"], rows)
 
+
 def corner_ordinary(name):
     columns = {"same_digit": "encoder: same digit", "same_background": "same background",
                "projection_digit": "projection: same digit",
@@ -138,9 +154,11 @@ def corner_ordinary(name):
                "prototype_background": "purity, background", "whole_loss": "loss"}
     return table_of(with_priors_named(load(name)["runs"]), CORNER, columns)
 
+
 def corner_mnist(name):
     columns = {**LOSSES, "same_digit": "same digit", "same_background": "same background"}
     return table_of(with_priors_named(load(name)["runs"]), WITH_CHOICE, columns)
+
 
 def rcdm(name):
     """A row per measure, and a column per prior."""
@@ -169,9 +187,11 @@ PREDICTIONS = {"prior_kl": "KL to the prior", "effective_prototypes": "effective
                "prototypes_per_view": "prototypes per view"}
 WITH_GRATINGS = {"same_background": "same grating", **ACCURACIES, **PREDICTIONS}
 
+
 def accuracies(name, columns, losses=("random", "plain", "supervised"), contrast=0.0):
     """A row per loss and prior, on long-tailed images."""
     return markdown(["", "prior", *columns.values()], rows_of(name, columns, losses, contrast))
+
 
 def rows_of(name, columns, losses, contrast=0.0):
     runs, rows = load(name)["runs"], []
@@ -187,6 +207,7 @@ def rows_of(name, columns, losses, contrast=0.0):
                          *(cell(row, column) for column in columns)])
     return rows
 
+
 def from_labels(from_random, name):
     """What is left of a start at the classes, beside the same training from random weights."""
     columns = {"balanced_probe": "probe, balanced labels", "gain_balanced_probe": "gain",
@@ -198,6 +219,7 @@ def from_labels(from_random, name):
     return markdown(["start", "", "prior", *columns.values()],
                     [*(["random weights", *row] for row in at_random),
                      *(["labels", *row] for row in at_classes)])
+
 
 def gains(lines, columns):
     """What priors gain over the uniform one with the same seed.
@@ -219,6 +241,7 @@ def gains(lines, columns):
             row.append(f"{cell(found, f'gain_{name}')} (n = {found['n']})" if found else "")
         rows.append(row)
     return markdown(["images", "prototypes", "loss", *columns.values()], rows)
+
 
 def by_exponent(runs, data_exponent, contrast, loss):
     """(exponent of the prior, its row of `summarize`) for these images and this loss, in order.
@@ -243,8 +266,10 @@ GAINS_OF_PHOTOGRAPHS = [
     (1.0, "any_order", ["photographs_losses"]),
     BALANCED]
 
+
 def files_of(lines):
     return sorted({name for *_, names in lines for name in names})
+
 
 def imbalanced(names, methods, two_classes=False):
     """A row per method, or for the mean of a group of methods, or for the difference of groups.
@@ -319,6 +344,7 @@ TABLES = {
         ["imbalance_accumulated"]),
 }
 
+
 def about(name):
     """What a file was made with: seeds, command, commit, machine and time."""
     content = load(name)
@@ -332,6 +358,7 @@ def about(name):
     command = re.sub(r" --(out|workers) \S+", "", maker["command"])
     return ((f"n = {len(seeds)} seeds ({', '.join(map(str, seeds))}). " if seeds else "")
             + f"`{command}`, commit {commits}, {maker['machine']}, torch {maker['torch']}, {time}.")
+
 
 def with_tables(text):
     """The text of a README with all of its tables written again."""
@@ -348,6 +375,7 @@ def with_tables(text):
 
     return re.sub("<!-- table: (\\w+) -->.*?<!-- end -->", write, text, flags=re.DOTALL)
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", help="of a file of results, without .json")
@@ -359,6 +387,7 @@ def main(argv=None):
         take(args.name, args.run)
     for readme in READMES:
         readme.write_text(with_tables(readme.read_text()))
+
 
 if __name__ == "__main__":
     main()

@@ -22,13 +22,16 @@ from PIL import Image
 import benchmark
 import pmsn
 import train_inat
+from support.images import find_images
 
 CPU = torch.device("cpu")
 ROW = re.compile(r"^  (\S.*?) +(\S+) (<=|>=|==|  ) (\S+) +(ok|FAILED)( .*)?$")
 
+
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
 
 def draw_small_images(folder, count):
     """As benchmark.draw_images, but images that are decoded in no time."""
@@ -36,12 +39,14 @@ def draw_small_images(folder, count):
         noise = torch.randint(256, (48, 64, 3), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(Path(folder) / f"{i}.jpg")
 
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     torch.manual_seed(0)
     benchmark.draw_images(folder, 2)
     return [str(path) for path in sorted(folder.iterdir())]
+
 
 def gpu_check(capsys):
     """Run --gpu_check. Returns its exit status, {name: (number, bound, ok)}, and its last line."""
@@ -52,9 +57,11 @@ def gpu_check(capsys):
     assert all(found) and len({len(row[0][:row.start(5)]) for row in found}) == 1  # aligned
     return end.value.code, {row[1]: (row[2], row[4], row[5] == "ok") for row in found}, last
 
+
 def failures(rows):
     """The names of the rows that do not keep their bound."""
     return [row[0] for row in rows if not benchmark.print_row(*row)]
+
 
 def forked_training(command, out, kill=False):
     """As benchmark.run_training, but in a child that has imported torch already."""
@@ -76,6 +83,7 @@ def forked_training(command, out, kill=False):
     assert process.exitcode == (-signal.SIGKILL if kill else 0), log.read_text()
     return log.read_text()
 
+
 # ---- The check of a new machine ------------------------------------------------------------------
 @pytest.mark.slow
 def test_all_checks_hold_on_a_cpu_and_each_prints_one_line(monkeypatch, capsys):
@@ -94,7 +102,7 @@ def test_all_checks_hold_on_a_cpu_and_each_prints_one_line(monkeypatch, capsys):
         assert 1e-3 < float(rows[name][0]) < float(rows[name][1])
     assert not dist.is_initialized()
 
-@pytest.mark.slow
+
 def test_a_failed_row_and_an_error_do_not_stop_the_others(monkeypatch, capsys):
     def other_blur(images, sigma, calls=[]):
         calls.append(0)
@@ -120,14 +128,17 @@ def test_a_failed_row_and_an_error_do_not_stop_the_others(monkeypatch, capsys):
     assert rows["late"][2] and "small network on the CPU: images per second" in rows
     assert last.startswith(f"5 of {len(rows)} failed, in ")
 
+
 def bfloat16_cosine(x, y):
     """A mistake: the product is under autocast."""
     return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
+
 
 def bfloat16_predictions(embeddings, prototypes, temperature):
     """A mistake: the predictions are rounded to bfloat16."""
     logits = pmsn.cosine(embeddings, prototypes) / temperature
     return F.log_softmax(logits, dim=-1).bfloat16()
+
 
 @pytest.mark.parametrize("name, mistake", [("cosine", bfloat16_cosine),
                                            ("log_predictions", bfloat16_predictions)])
@@ -136,6 +147,7 @@ def test_a_loss_in_bfloat16_fails(name, mistake, paths, monkeypatch):
     failed = failures(benchmark.precision_rows(paths, CPU, benchmark.SMALL))
     assert {"loss of bfloat16 embeddings",
             "loss of bfloat16 embeddings: gradient of prototypes"} <= set(failed)
+
 
 def test_checkpointing_that_computes_something_else_fails(paths, monkeypatch):
     def without_dropping(model):
@@ -146,6 +158,7 @@ def test_checkpointing_that_computes_something_else_fails(paths, monkeypatch):
     monkeypatch.setattr(benchmark, "checkpoint_activations", without_dropping)
     rows = benchmark.compile_rows(paths, CPU, benchmark.SMALL)
     assert failures([next(rows)]) == ["checkpointed, bfloat16: gradient"]
+
 
 def test_a_restart_that_begins_anew_or_has_other_weights_fails(paths, tmp_path, monkeypatch):
     """A stand-in for train_inat.py writes what it is told to."""
@@ -173,6 +186,7 @@ def test_a_restart_that_begins_anew_or_has_other_weights_fails(paths, tmp_path, 
         rows = benchmark.restart_rows(paths, CPU, benchmark.SMALL, tmp_path / str(i))
         assert failures(rows) == expected
 
+
 def test_a_training_is_killed_after_its_first_checkpoint_and_its_faults_are_named(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""if True:
@@ -192,11 +206,13 @@ def test_a_training_is_killed_after_its_first_checkpoint_and_its_faults_are_name
     with pytest.raises(RuntimeError, match="ended with status 0: says end"):
         benchmark.run_training([*command, "end"], tmp_path / "d", kill=True)
 
+
 def test_links_are_images_in_classes(paths, tmp_path):
     benchmark.link_images(paths, tmp_path / "train", 6)
-    (found, labels), val = train_inat.find_images(tmp_path)
+    (found, labels), val = find_images(tmp_path)
     assert val is None and labels.unique().tolist() == [0, 1, 2, 3]
     assert [os.path.realpath(path) for path in found].count(os.path.realpath(paths[0])) == 3
+
 
 # ---- What a step needs ---------------------------------------------------------------------------
 DIM, DEPTH, HEADS = 384, 1, 6
@@ -204,13 +220,16 @@ DIM, DEPTH, HEADS = 384, 1, 6
 TARGET, MASKED, SMALL = 1 + 196, 1 + 166, 1 + 36
 TRAINED = MASKED + 10 * SMALL
 
+
 @pytest.fixture(scope="module")
 def counts():
     return benchmark.count_step((DIM, DEPTH, HEADS))
 
+
 def block_flops(tokens):
     """qkv, proj and the two layers of the MLP have 12 dim^2 weights. Attention has two products."""
     return 2 * tokens * 12 * DIM**2 + 2 * 2 * tokens**2 * DIM
+
 
 def test_flops_are_those_of_a_formula(counts):
     patch = 2 * 3 * 16**2 * DIM
@@ -223,6 +242,7 @@ def test_flops_are_those_of_a_formula(counts):
     # Checkpointing computes the blocks again, except for their last layer, whose result is unused.
     again = blocks - DEPTH * TRAINED * 2 * 4 * DIM**2
     assert counts["checkpointed"]["flops"] == expected + again
+
 
 def test_activations_are_those_of_a_formula(counts):
     floats = 4 * (DIM + 2)  # the input of a norm in float32, its mean and its deviation
@@ -239,7 +259,7 @@ def test_activations_are_those_of_a_formula(counts):
     rest = pixels + order + TRAINED * floats + 11 * head + 4 * 1024
     assert counts["plain"]["activations"] == DEPTH * TRAINED * block + rest
 
-@pytest.mark.slow
+
 def test_counting_without_numbers_is_counting_with_numbers():
     """The same network on real tensors. The bytes are linear in the images: each needs as many."""
     vit = (48, 1, 3)
@@ -254,6 +274,7 @@ def test_counting_without_numbers_is_counting_with_numbers():
         assert four - three == three - two == count["activations"]
         # Only the statistics of BatchNorm have another precision without numbers.
         assert two - 2 * (three - two) == pytest.approx(count["fixed"], rel=0.02)
+
 
 def test_weights_of_vit_small_have_the_memory_of_its_parameters():
     """timm gives 21.67 million parameters for ViT-S/16 without its classifier."""
@@ -271,6 +292,7 @@ def test_weights_of_vit_small_have_the_memory_of_its_parameters():
     with_ddp = benchmark.memory_parts(count, images=4, gpus=8)
     assert sum(with_ddp.values()) - sum(parts.values()) == 4 * count["trained"]
 
+
 def test_the_table_of_counts_has_hours_that_follow_from_flops(monkeypatch, capsys):
     counted = {"flops": 1e9, "activations": 2**20, "fixed": 0, "block": 0, "trained": 0,
                "target": 0}
@@ -283,6 +305,7 @@ def test_the_table_of_counts_has_hours_that_follow_from_flops(monkeypatch, capsy
     hours = 300 * 437_513 / images_per_second / 8 / 3600
     assert float(rows["hours for iNat18"]) == pytest.approx(hours, abs=0.01)
     assert float(rows["GiB: activations"]) == pytest.approx(128 / 1024, abs=0.01)
+
 
 # ---- One core and the command line ---------------------------------------------------------------
 def test_the_table_of_one_core_has_milliseconds_per_image(monkeypatch, capsys):
@@ -304,6 +327,7 @@ def test_the_table_of_one_core_has_milliseconds_per_image(monkeypatch, capsys):
     rows = re.findall(r"^(.+?) {2,}([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     assert [float(milliseconds) for _, milliseconds in rows] == [1000, 3000, 4000 / 8]
 
+
 @pytest.mark.parametrize("options, message", [
     ("--gpu_check --count", "not allowed with argument"),
     ("--data /nowhere", "--data /nowhere has no images (.jpg, .jpeg or .png)"),
@@ -315,6 +339,7 @@ def test_mistakes_are_one_line_and_exit_status_2(options, message, capsys):
         benchmark.main(options.split())
     _, line = capsys.readouterr().err.split("error: ", 1)
     assert message in line and line.count("\n") == 1
+
 
 def test_the_text_is_ascii():
     """Some terminals print nothing else."""

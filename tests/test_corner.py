@@ -3,11 +3,7 @@
 import copy
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -17,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import experiments
 import mnist_corner
 import pmsn
+from support import drawings, results
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ARGS = dict(mnist=False, root="data", backgrounds=None, exponents=(1.0, 0.0), ordinary=False,
@@ -27,10 +23,12 @@ ARGS = dict(mnist=False, root="data", backgrounds=None, exponents=(1.0, 0.0), or
 WINDOWS = [mnist_corner.DIGIT, mnist_corner.BACKGROUND, (0, 16, 16), (8, 0, 16)]
 FEATURES = ("digit", "background")
 
+
 def short_experiment(seed, long_tailed, args):
     """Two steps on windows and two on whole images."""
     with patch.dict(mnist_corner.SYNTHETIC, images=512, epochs=1):
         return mnist_corner.experiment(seed, long_tailed, args)
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -38,6 +36,7 @@ def run(tmp_path):
         return short_experiment(0, long_tailed, SimpleNamespace(
             **{**ARGS, "out": tmp_path, **changes}))
     return run
+
 
 def spy(monkeypatch):
     """A list of (exponent, window, weights, views) of every step of every network."""
@@ -50,20 +49,13 @@ def spy(monkeypatch):
     monkeypatch.setattr(mnist_corner.WindowPMSN, "forward", watched)
     return steps
 
+
 def power_law(exponent):
     shares = np.arange(1, 11.0) ** -exponent
     return shares / shares.sum()
 
-# ---- Data ----------------------------------------------------------------------------------------
-def test_frequencies_follow_the_exponent():
-    labels = torch.arange(3).repeat_interleave(torch.tensor([30, 4, 100]))
-    torch.manual_seed(0)
-    index = mnist_corner.sample(labels, 1.0, 11000)
-    counts = torch.bincount(labels[index])
-    assert (counts - torch.tensor([6000, 3000, 2000])).abs().max() < 200  # four sigma
-    rare = torch.bincount(index)[30:34]  # all images of a class are equally frequent
-    assert (rare - 750).abs().max() < 120
 
+# ---- Data ----------------------------------------------------------------------------------------
 def test_one_feature_is_long_tailed_and_the_other_one_balanced(tmp_path, monkeypatch):
     """In the training images. In the test images both are balanced."""
     data = []
@@ -90,15 +82,16 @@ def test_one_feature_is_long_tailed_and_the_other_one_balanced(tmp_path, monkeyp
         for counts, name in zip(seen, names):
             np.testing.assert_allclose(counts, np.array(expected[name]) / 7.68, atol=110)
 
+
 @pytest.mark.parametrize("deform, low, high", [(0.0, 0.02, 0.15), (1.0, 0.15, 1.0)])
 def test_views_change_digit_and_background(deform, low, high):
-    torch.manual_seed(0)
-    digits, gratings = mnist_corner.draw_digits("DejaVuSans")[0], mnist_corner.draw_gratings()
+    digits, gratings = drawings.draw_digits("DejaVuSans")[0], drawings.draw_gratings()
     settings = {"contrast": 1.0, "deform": deform}
     views = [mnist_corner.make_view(digits, gratings, settings) for _ in range(2)]
     change = (views[0] - views[1]).abs()
     assert low < change[..., :16, :16].mean() < high  # at deform 0 there is only noise
     assert change[..., 16:, 16:].mean() > 0.2  # the grating has moved
+
 
 def test_cifar_as_torchvision_gives_it(monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 99, (40, 32, 32, 3), dtype=np.uint8)
@@ -113,6 +106,7 @@ def test_cifar_as_torchvision_gives_it(monkeypatch):
         expected = 0.5 + 0.35 * (luma - luma.mean()) / luma.std(ddof=1)
         np.testing.assert_allclose(image[0], expected, atol=0.04)  # gray is rounded to integers
 
+
 def test_backgrounds_are_ten_folders(tmp_path):
     for name in "abc":
         (tmp_path / name).mkdir()
@@ -120,6 +114,7 @@ def test_backgrounds_are_ten_folders(tmp_path):
     args = SimpleNamespace(**{**ARGS, "mnist": True, "backgrounds": str(tmp_path)})
     with pytest.raises(RuntimeError, match="ten folders of images, got 3"):
         mnist_corner.load_backgrounds(args)
+
 
 # ---- Windows and tries ---------------------------------------------------------------------------
 @pytest.mark.parametrize("window", WINDOWS)
@@ -134,9 +129,9 @@ def test_a_network_sees_its_window_only(window):
     here = torch.where(inside, torch.randn(2, 8, 1, 32, 32), views)
     assert (start(views) - start(here)).abs().min() > 1e-3
 
+
 def test_each_try_has_the_loss_of_its_own_head_and_prototypes():
     """The loss of each try is the loss of pmsn.py for its 32 entries, and so is its gradient."""
-    torch.manual_seed(0)
     start = mnist_corner.WindowPMSN(mnist_corner.DIGIT, 1.0, tries=3)
     views = torch.randn(2, 40, 1, 32, 32)
     options = {"sharpening": 0.4, "any_order": True}
@@ -159,6 +154,7 @@ def test_each_try_has_the_loss_of_its_own_head_and_prototypes():
         torch.testing.assert_close(linear.weight.grad[entries], weight.grad, atol=1e-6, rtol=1e-4)
     assert all(p.grad is None for p in start.target.parameters())
 
+
 @pytest.mark.parametrize("window", [*WINDOWS, mnist_corner.WHOLE])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_widened_network_computes_the_same_and_can_learn_the_rest(window, training):
@@ -178,16 +174,18 @@ def test_a_widened_network_computes_the_same_and_can_learn_the_rest(window, trai
     whole.network[0](images).sum().backward()
     assert whole.network[0][-1].weight.grad.ne(0).all()
 
+
 def test_the_model_file_has_the_network_of_the_winner():
     whole = mnist_corner.widen(mnist_corner.WindowPMSN(mnist_corner.DIGIT, 1.0, tries=3), 2)
     state = mnist_corner.as_pmsn(whole).state_dict()
-    model = mnist_corner.make_model(mnist_corner.make_encoder(32), 10, 1.0)
+    model = drawings.make_pmsn(drawings.make_encoder(32), 10, 1.0, dim=32)
     model.load_state_dict(state)
     images = torch.randn(16, 1, 32, 32)
     for network, (encoder, head) in ((whole.network, (model.encoder, model.head)),
                                      (whole.target, (model.target_encoder, model.target_head))):
         assert torch.equal(network(images), head(encoder(images)))
     assert torch.equal(model.prototypes, whole.prototypes[0])
+
 
 def test_the_try_with_the_lowest_loss_goes_on(run, monkeypatch):
     """Of two windows with three tries each, the background's second try under both priors."""
@@ -199,7 +197,7 @@ def test_the_try_with_the_lowest_loss_goes_on(run, monkeypatch):
         return losses + (torch.tensor(found.get(start.window, [9.0])) - losses).detach()
     monkeypatch.setattr(mnist_corner.WindowPMSN, "forward", fixed)
     monkeypatch.setattr(mnist_corner, "widen", widen)
-    records, _ = run("digit")
+    records = run("digit")
     assert [(call.args[0].window, call.args[1]) for call in widen.call_args_list] == 2 * [
         (mnist_corner.BACKGROUND, 1)]
     for record in records:
@@ -208,9 +206,10 @@ def test_the_try_with_the_lowest_loss_goes_on(run, monkeypatch):
         assert record["results"]["digit_loss"] == 1.5
         assert record["results"]["background_loss"] == 1.0
 
+
 def test_training_equals_a_plain_loop(monkeypatch):
     """Six steps of two epochs: weights, target and prototypes, with all options of the loss."""
-    digits, gratings = mnist_corner.draw_digits("DejaVuSans")[0], mnist_corner.draw_gratings()
+    digits, gratings = drawings.draw_digits("DejaVuSans")[0], drawings.draw_gratings()
     data = [(digits, torch.randint(10, (768,))), (gratings, torch.randint(10, (768,)))]
     options = {"prior_weight": 3.0, "sinkhorn_iterations": 2, "any_order": True}
     settings = {"deform": 0.3, "contrast": 0.8, "images": 768, "loss_options": options}
@@ -249,8 +248,8 @@ def test_training_equals_a_plain_loop(monkeypatch):
             torch.testing.assert_close(trained.state_dict()[name], value, atol=1e-7, rtol=0)
     torch.testing.assert_close(model.prototypes, prototypes, atol=1e-7, rtol=0)
 
+
 # ---- Fairness ------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_both_windows_and_all_priors_get_the_same_weights_and_views(run, monkeypatch):
     steps = spy(monkeypatch)
     run("digit")
@@ -265,62 +264,55 @@ def test_both_windows_and_all_priors_get_the_same_weights_and_views(run, monkeyp
     assert not torch.equal(steps[4][2], steps[6][2])  # after a step the prior has acted
     assert not torch.equal(steps[8][2], steps[10][2])  # whole images train too
 
-@pytest.mark.slow
+
 def test_no_label_trains(run, monkeypatch):
     """Here the digits are balanced, so that their labels do not matter for the choice of images."""
     steps, load_digits = spy(monkeypatch), mnist_corner.load_digits
-    first, _ = run("background")
+    first = run("background")
 
     def other_labels(args):
         return [(images, 9 - labels) for images, labels in load_digits(args)]
     monkeypatch.setattr(mnist_corner, "load_digits", other_labels)
-    second, _ = run("background")
+    second = run("background")
     assert len(steps) == 24
     for one, other in zip(steps[:12], steps[12:]):
         assert all(torch.equal(x, y) for x, y in zip(one[2:], other[2:]))
     assert [record["tries"] for record in first] == [record["tries"] for record in second]
 
-@pytest.mark.slow
+
 def test_an_ordinary_run_has_one_network_on_whole_images(run, monkeypatch):
     steps = spy(monkeypatch)
-    records, _ = run("background", ordinary=True, tries=1)
+    records = run("background", ordinary=True, tries=1)
     assert [window for _, window, _, _ in steps] == [mnist_corner.WHOLE] * 8
     assert [record["chosen"] for record in records] == ["whole", "whole"]
     # The second part continues with the weights of the first one, which is no new initialization.
     assert not torch.equal(steps[4][2], steps[0][2])
 
+
 # ---- Measures ------------------------------------------------------------------------------------
-def test_agreement_against_numpy():
-    rng = np.random.default_rng(0)
-    features, labels = rng.normal(size=(60, 5)), rng.integers(0, 3, 60)
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    nearest = np.argsort(-unit @ unit.T, axis=1)[:, 1:11]  # The first one is the image itself.
-    expected = (labels[nearest] == labels[:, None]).mean()
-    found = mnist_corner.agreement(torch.tensor(features), torch.tensor(labels))
-    assert abs(found - expected) < 1e-6
-
-def test_purity_by_hand():
-    groups = torch.tensor([0, 0, 0, 2, 2, 2, 2])
-    labels = torch.tensor([5, 5, 2, 0, 1, 2, 1])  # two of three, two of four
-    assert mnist_corner.purity(groups, labels) == pytest.approx(4 / 7)
-
-@pytest.mark.slow
-@pytest.mark.parametrize("any_order", [False, True])
 @pytest.mark.parametrize("of_classes, of_prior", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
-def test_reference_losses_against_numpy(of_classes, of_prior, any_order):
+def test_reference_losses_against_numpy(of_classes, of_prior, monkeypatch):
     """In the exact grouping only the KL counts, in batches of 256 images."""
-    rng, prior = np.random.default_rng(0), power_law(of_prior)
-    expected = []
-    for _ in range(1000):
-        shares = rng.multinomial(256, power_law(of_classes)) / 256
-        if any_order:
-            shares, prior = np.sort(shares), np.sort(prior)
-        expected.append(np.sum(shares[shares > 0] * np.log((shares / prior)[shares > 0])))
-    losses = mnist_corner.reference_losses(of_classes, of_prior, any_order)
-    assert losses["exact"] == pytest.approx(np.mean(expected), abs=0.006)
-    # The exact grouping is one of all groupings, and the best one if it fits the prior.
-    assert losses["lowest"] <= losses["exact"]
-    assert (losses["lowest"] > losses["exact"] - 0.03) == (of_classes == of_prior)
+    search, tables = mnist_corner.find_grouping, []
+
+    def search_once(*shares_and_prior):  # which are the same for both orders
+        tables[:] = tables or [search(*shares_and_prior)]
+        return tables[0]
+    monkeypatch.setattr(mnist_corner, "find_grouping", search_once)
+    monkeypatch.setattr(search, "__defaults__", (25, 400))  # fewer tries
+    for any_order in (False, True):
+        rng, prior, expected = np.random.default_rng(0), power_law(of_prior), []
+        for _ in range(1000):
+            shares = rng.multinomial(256, power_law(of_classes)) / 256
+            if any_order:
+                shares, prior = np.sort(shares), np.sort(prior)
+            expected.append(np.sum(shares[shares > 0] * np.log((shares / prior)[shares > 0])))
+        losses = mnist_corner.reference_losses(of_classes, of_prior, any_order)
+        assert losses["exact"] == pytest.approx(np.mean(expected), abs=0.006)
+        # The exact grouping is one of all groupings, and the best one if it fits the prior.
+        assert losses["lowest"] <= losses["exact"]
+        assert (losses["lowest"] > losses["exact"] - 0.03) == (of_classes == of_prior)
+
 
 def partitions(total, largest):
     """All ways to write `total` as a sum of numbers, the largest first."""
@@ -330,9 +322,9 @@ def partitions(total, largest):
         for rest in partitions(total - first, first):
             yield [first, *rest]
 
+
 def test_a_better_grouping_than_all_that_put_whole_classes_together():
     """Merging balanced classes gives the sizes of a partition of 10, and costs only its KL."""
-    torch.manual_seed(0)
     prior, balanced = pmsn.power_law_prior(10, 1.0), pmsn.power_law_prior(10, 0.0)
     merged = min(sum(x / 10 * math.log(x / 10 / prior[i]) for i, x in enumerate(sizes))
                  for sizes in partitions(10, 10))
@@ -348,105 +340,143 @@ def test_a_better_grouping_than_all_that_put_whole_classes_together():
                                               any_order)
         assert found.item() == pytest.approx(loss, abs=1e-6)
 
+
 # ---- Figures and whole runs ----------------------------------------------------------------------
-def test_the_titles_count_what_the_figures_show(tmp_path, monkeypatch):
+def test_the_titles_count_what_the_figures_show(monkeypatch):
     suptitle = Mock()
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", suptitle)
-    tiles = {"images": np.zeros((5, 9, 1, 32, 32)), "digit": np.zeros((5, 9)),
-             "background": np.zeros((5, 9))}
+    tiles = {"images": torch.zeros(5, 9, 1, 32, 32), "digit": torch.zeros(5, 9),
+             "background": torch.zeros(5, 9)}
     records, pictures = [], {}
     for long_tailed in ("digit", "background"):
         for exponent in (0.0, 1.0):
             pictures[long_tailed, exponent] = tiles
             # The power law always encodes the digit, which is wrong once. Uniform is always right.
             encoded = "digit" if exponent or long_tailed == "background" else "background"
-            results = {"same_digit": 0.2, "same_background": 0.2, f"same_{encoded}": 0.9,
-                       "digit_loss": 0.2, "background_loss": 0.3}
+            found = {"same_digit": 0.2, "same_background": 0.2, f"same_{encoded}": 0.9,
+                     "digit_loss": 0.2, "background_loss": 0.3}
             records.append({"long_tailed": long_tailed, "exponent": exponent, "seed": 0,
-                            "chosen": encoded, "results": results,
+                            "chosen": encoded, "results": found,
                             "tries": {"digit": [0.2, 0.3], "background": [0.3, 0.4]}})
-    summary = mnist_corner.summarize(records, key=lambda x: (x["long_tailed"], x["exponent"]))
-    mnist_corner.plot_neighbors(pictures, summary, tmp_path / "neighbors.png")
+    summary = results.summarize(records, key=lambda x: (x["long_tailed"], x["exponent"]))
+    mnist_corner.plot_neighbors(pictures, summary)
     assert suptitle.call_args.args[0].startswith("In 3 of 4 panels")
-    mnist_corner.plot_preference(records, {}, tmp_path / "preference.png")
+    mnist_corner.plot_preference(records, {})
     assert suptitle.call_args.args[0].startswith("3 of 4 times (n = 1 seeds)")
 
-@pytest.mark.slow
-def test_two_processes_have_the_bits_of_one(run, tmp_path):
-    args = SimpleNamespace(**ARGS, out=tmp_path, workers=2)
-    (digits, _), (backgrounds, _) = experiments.run_in_processes(
-        short_experiment, [(0, "digit"), (0, "background")], args)
-    assert digits == run("digit")[0] and backgrounds == run("background")[0]
 
-@pytest.mark.slow
-def test_quick_run_shows_the_figure(tmp_path):
-    command = [sys.executable, mnist_corner.__file__, "--quick", "--out", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    progress, table, references = (part.splitlines() for part in result.stdout.split("\n\n"))
-    rows = [line.split() for line in progress[3:] if "runs done" not in line]
-    assert [len(row) for row in rows if row[2] == "first"] == [5 + 4] * 8
-    assert [len(row) for row in rows if row[2] == "second"] == [5 + 2] * 4
-    assert progress[-1] == "2 of 2 runs done, about 0 s left"
+def test_two_processes_have_the_bits_of_one(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "CONTEXT", multiprocessing.get_context("fork"))
+    monkeypatch.setitem(ARGS, "exponents", (1.0,))
+    args, found = SimpleNamespace(**ARGS, out=tmp_path, workers=2), {}
+    results.run_in_processes(short_experiment, [(0, "digit"), (0, "background")], args,
+                             lambda job, runs, seconds: found.update({job[1]: runs}))
+    for long_tailed in FEATURES:
+        assert found[long_tailed] == run(long_tailed) and len(found[long_tailed]) == 1
+
+
+def test_a_killed_run_continues_and_draws_its_figures_from_files(
+        tmp_path, jobs_here, coarse_figures, monkeypatch, capsys):
+    """A whole run of two steps per part. It is killed in its second job, and started again."""
+    monkeypatch.setitem(mnist_corner.SYNTHETIC, "images", 512)
+    monkeypatch.setitem(mnist_corner.SYNTHETIC, "epochs", 1)
+    monkeypatch.setattr(mnist_corner.find_grouping, "__defaults__", (5, 20))
+    options = ["--tries", "3", "--out", str(tmp_path)]
+    train, jobs = mnist_corner.train, []
+
+    def spied_train(*arguments):
+        seed, long_tailed, _ = arguments[-1].split()
+        jobs.append((seed, long_tailed))
+        if len(jobs) == 3:
+            raise KeyboardInterrupt
+        return train(*arguments)
+    monkeypatch.setattr(mnist_corner, "train", spied_train)
+    with pytest.raises(SystemExit, match="^130$"):
+        mnist_corner.main(options)
+    assert jobs == 2 * [("0", "digit")] + [("0", "background")]
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [run["long_tailed"] for run in runs] == ["digit", "digit"]
+    assert not list(tmp_path.glob("*.png"))
+
+    capsys.readouterr()
+    mnist_corner.main(options)
+    assert jobs[3:] == 2 * [("0", "background")]
+    progress, table, references = (part.splitlines()
+                                   for part in capsys.readouterr().out.split("\n\n"))
+    rows = [line.split() for line in progress[4:]]
+    assert [len(row) for row in rows if row[2] == "first"] == [5 + 4]
+    assert [len(row) for row in rows if row[2] == "second"] == [5 + 2]
     assert len(table) == 2 + 4 and len({len(line) for line in table[1:]}) == 1  # aligned
     assert len(references) == 2 + 4 + 1
-    results = json.loads((tmp_path / "results.json").read_text())
-    runs = results["runs"]
-    assert [(record["long_tailed"], record["exponent"]) for record in runs] == [
-        (long_tailed, exponent) for long_tailed in ("digit", "background") for exponent in (0, 1)]
-    assert results["config"]["loss_options"] == {"any_order": True}
-    for record in runs:
-        matching = record["long_tailed"] if record["exponent"] else FEATURES[
-            1 - FEATURES.index(record["long_tailed"])]
-        other = FEATURES[1 - FEATURES.index(matching)]
-        found = record["results"]
-        assert record["chosen"] == matching
-        assert found[f"{other}_loss"] > 1.1 * found[f"{matching}_loss"]
-        assert found[f"same_{matching}"] > 0.9 > 0.5 > found[f"same_{other}"]
-        assert found[f"prototype_{matching}"] > 0.7
-        assert (found["other_font"] > 0.8) == (matching == "digit")
-    for name in ("model_digit_1_0.pt", "model_background_0_0.pt"):
-        assert (tmp_path / name).exists()
-    for name in ("neighbors.png", "preference.png"):
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["runs"][:2] == runs
+    assert [(run["long_tailed"], run["exponent"]) for run in content["runs"]] == [
+        (long_tailed, exponent) for long_tailed in FEATURES for exponent in (0, 1)]
+    assert content["config"]["loss_options"] == {"any_order": True}
+    for run in content["runs"]:
+        # The lower loss goes on, and what its window shows is what the neighbors share.
+        losses = {name: run["results"][f"{name}_loss"] for name in FEATURES}
+        assert run["chosen"] == min(losses, key=losses.get)
+        other = FEATURES[1 - FEATURES.index(run["chosen"])]
+        assert run["results"][f"same_{run['chosen']}"] > 0.9 > 0.5 > run["results"][f"same_{other}"]
+        assert (run["results"]["other_font"] > 0.6) == (run["chosen"] == "digit")
+        model = drawings.make_pmsn(drawings.make_encoder(32), 10, run["exponent"], dim=32)
+        model.load_state_dict(torch.load(tmp_path / "model_{long_tailed}_{exponent:g}_0.pt".format(
+            **run), weights_only=True))
+    figures = {name: (tmp_path / name).read_bytes() for name in ("neighbors.png", "preference.png")}
+    for name in figures:
         assert min(Image.open(tmp_path / name).size) > 300
+        (tmp_path / name).unlink()
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are in /proc")
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_ends_all_its_processes(stop, tmp_path):
-    """The program handles SIGTERM as Ctrl-C. It cannot handle SIGKILL, but its workers notice."""
-    options = "--quick --ordinary --seeds 0 1 2 3 4 --workers 2 --out".split()
-    command = [sys.executable, mnist_corner.__file__, *options, tmp_path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(workers := children.read_text().split()) < 3:  # with the resource tracker
-        time.sleep(0.1)
-    if stop == signal.SIGKILL:
-        # A worker has finished an epoch when there is a line below the three of the head.
-        assert all(process.stdout.readline() for _ in range(4))
-    process.send_signal(stop)
-    process.wait(timeout=30)
-    assert process.returncode != 0 and not list(tmp_path.iterdir())
-    deadline = time.time() + 20
-    while left := [worker for worker in workers if Path(f"/proc/{worker}/exe").exists()]:
-        if time.time() > deadline:
-            for worker in left:
-                os.kill(int(worker), signal.SIGKILL)
-            pytest.fail(f"{len(left)} processes go on")
-        time.sleep(0.1)
+    mnist_corner.main(options)  # Nothing is left to do, and the figures come from the files.
+    assert len(jobs) == 5
+    assert {name: (tmp_path / name).read_bytes() for name in figures} == figures
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
 
-@pytest.mark.slow
+    # Without the images there is no figure 3. This costs nothing else.
+    (tmp_path / "preference.png").unlink()
+    (tmp_path / "pictures_digit_0.pt").unlink()
+    mnist_corner.main(options)
+    assert "warning: cannot draw neighbors.png" in capsys.readouterr().err
+    assert (tmp_path / "preference.png").read_bytes() == figures["preference.png"]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST and CIFAR-10 are not in ../shared/data")
 def test_real_images_end_to_end(run):
     real = {"mnist": True, "root": str(SHARED), "backgrounds": str(SHARED / "cifar10" / "test")}
-    args = SimpleNamespace(**{**ARGS, **real})
+    images_end_to_end(run, real)
+
+
+def test_images_of_files_end_to_end(run, tmp_path):
+    """Drawn digits in files like those of MNIST, and backgrounds in ten folders."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = drawings.draw_digits("DejaVuSans")[0][torch.arange(600) % 10]
+    pixels = torch.nn.functional.interpolate(255 * digits, 28).byte().numpy()
+    labels = (np.arange(600) % 10).astype(np.uint8)
+    for name in ("train", "t10k"):  # numbers of four bytes, then the content
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(
+            np.array([0x803, 600, 28, 28], ">i4").tobytes() + pixels.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+            np.array([0x801, 600], ">i4").tobytes() + labels.tobytes())
+    for i, grating in enumerate(drawings.draw_gratings()):
+        folder = tmp_path / "backgrounds" / str(i)
+        folder.mkdir(parents=True)
+        Image.fromarray((255 * grating[0, :32, :32]).byte().numpy()).save(folder / "0.png")
+    images_end_to_end(run, {"mnist": True, "root": str(tmp_path),
+                            "backgrounds": str(tmp_path / "backgrounds")})
+
+
+def images_end_to_end(run, options):
+    args = SimpleNamespace(**{**ARGS, **options})
     for images, labels in mnist_corner.load_digits(args):
         assert images.shape == (len(labels), 1, 20, 20) and images.min() == 0 < images.max() <= 1
     assert mnist_corner.load_backgrounds(args).shape == (10, 1, 32, 32)
     with patch.dict(mnist_corner.MNIST, images=512, epochs=1):
-        records, _ = run("digit", **real)
+        records = run("digit", **options)
+    assert len(records) == 2
     for record in records:
-        encoded, other = sorted(("digit", "background"), key=lambda x: x != record["chosen"])
+        encoded, other = sorted(FEATURES, key=lambda x: x != record["chosen"])
         found = record["results"]
         assert found[f"same_{encoded}"] > 0.4 > 0.2 > found[f"same_{other}"]
         assert "other_font" not in found

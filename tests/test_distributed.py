@@ -1,26 +1,23 @@
-"""Two real processes against one process that has the whole batch, in float64.
+"""pmsn.py with two real processes against one process that has the whole batch, in float64.
 
 The prior is skewed and the processes have different data, so a mean over one process alone shows.
 The head has no BatchNorm, because nn.SyncBatchNorm does not run on CPUs.
 """
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pmsn
-import train_inat
+from support.runs import rank
 from test_pmsn import close, random_inputs
-
-pytestmark = pytest.mark.slow
+from test_runs import together
 
 WORLD_SIZE, BATCH = 2, 4  # BATCH counts the images of both processes.
 OPTIONS = {"temperature": 0.2, "sinkhorn_iterations": 2, "prior_weight": 3.0}
 PRIOR = torch.tensor([0.55, 0.2, 0.12, 0.08, 0.05], dtype=torch.float64)
+
 
 def train_two_steps(rank):
     """A small PMSN: the losses of both steps, terms, gradients and parameters after them."""
@@ -48,6 +45,7 @@ def train_two_steps(rank):
     return {"losses": torch.stack(losses), "terms": terms, "gradients": gradients,
             "state": model.state_dict()}
 
+
 def loss_in_any_order(rank):
     """The loss of a batch, or of one half of it, and the prior in the order that it takes."""
     anchors, targets, prototypes = random_inputs(views=1, batch=10)
@@ -58,38 +56,21 @@ def loss_in_any_order(rank):
     alone = pmsn.log_predictions(anchors, prototypes, 0.1).exp().mean(dim=0)
     return {"loss": loss, "prior_kl": terms["prior_kl"], "order": alone.argsort()}
 
-def features(count=7):
-    """Features of gray images, which do not split evenly over two processes."""
-    torch.manual_seed(0)
-    encoder = pmsn.VisionTransformer(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
-    images = train_inat.Images(range(count), lambda image: image, lambda i: torch.full(
-        (3, 16, 16), 30 * int(i), dtype=torch.uint8))
-    return train_inat.extract(encoder, images, 0)
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
-                            rank=rank, world_size=WORLD_SIZE)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    found = {**train_two_steps(rank), "features": features(), "one": features(count=1),
-             "any_order": loss_in_any_order(rank)}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """What each process has trained."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+def found():
+    """What each process has trained, and its loss in any order."""
+    return together(WORLD_SIZE, lambda: {**train_two_steps(rank()),
+                                         "any_order": loss_in_any_order(rank())})
 
-def test_training_with_two_processes_is_training_with_the_whole_batch(models):
+
+def test_training_with_two_processes_is_training_with_the_whole_batch(found):
     """DDP averages gradients, and here the average must be exact (up to float32 positions)."""
     whole = train_two_steps(None)
-    close((models[0]["losses"] + models[1]["losses"]) / 2, whole["losses"], 1e-7)
-    assert (models[0]["losses"] - models[1]["losses"]).abs().min() > 1e-3  # They do differ.
+    close((found[0]["losses"] + found[1]["losses"]) / 2, whole["losses"], 1e-7)
+    assert (found[0]["losses"] - found[1]["losses"]).abs().min() > 1e-3  # They do differ.
     assert whole["gradients"]["prototypes"].abs().max() > 1e-3
-    for model in models:
+    for model in found:
         for part in ("gradients", "state"):
             assert model[part].keys() == whole[part].keys()
             for name, value in whole[part].items():
@@ -97,18 +78,10 @@ def test_training_with_two_processes_is_training_with_the_whole_batch(models):
         for name in ("prior_kl", "mean_prediction", "effective_prototypes"):
             close(model["terms"][name], whole["terms"][name], 1e-6)
 
-def test_the_order_of_the_prior_is_the_one_of_the_whole_batch(models):
-    whole, (first, second) = loss_in_any_order(None), (model["any_order"] for model in models)
+
+def test_the_order_of_the_prior_is_the_one_of_the_whole_batch(found):
+    whole, (first, second) = loss_in_any_order(None), (model["any_order"] for model in found)
     close((first["loss"] + second["loss"]) / 2, whole["loss"], 1e-12)
     for half in (first, second):
         close(half["prior_kl"], whole["prior_kl"], 1e-12)
         assert not torch.equal(half["order"], whole["order"])  # alone it would take another one
-
-def test_the_first_of_two_processes_has_the_features_of_all_images(models):
-    """Also of a single image, which is too few for both processes."""
-    expected, indices = features()
-    assert indices.tolist() == [*range(7)] and len(expected.unique(dim=0)) == 7
-    close(models[0]["features"][0], expected, 1e-7)
-    assert torch.equal(models[0]["features"][1], indices)
-    close(models[0]["one"][0], expected[:1], 1e-7)
-    assert models[1]["features"] is None and models[1]["one"] is None

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-import experiments
+from support import results
 import pmsn
 import toy_kmeans
 
 SGD = torch.optim.SGD
+
 
 @pytest.fixture
 def float64():
@@ -22,10 +23,12 @@ def float64():
     yield
     torch.set_default_dtype(torch.float32)
 
+
 def objective_of(points, clusters):
     """The objective of K-means by its formula, from points (N, d) and clusters (N,)."""
     parts = [points[clusters == cluster].numpy() for cluster in clusters.unique()]
     return sum(((part - part.mean(axis=0)) ** 2).sum() for part in parts)
+
 
 def test_adjusted_rand_index_is_scikit_learns():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle here")
@@ -43,6 +46,7 @@ def test_adjusted_rand_index_is_scikit_learns():
     assert toy_kmeans.adjusted_rand_index(one, singles) == 0
     assert metrics.adjusted_rand_score(one.numpy(), singles.numpy()) == 0
 
+
 @pytest.mark.parametrize("k", [2, 5])
 def test_kmeans_finds_the_objective_of_scikit_learn(k):
     cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is the oracle here")
@@ -52,6 +56,7 @@ def test_kmeans_finds_the_objective_of_scikit_learn(k):
     oracle = cluster.KMeans(k, n_init=100, tol=0, random_state=0).fit(points.numpy())
     assert objective == pytest.approx(oracle.inertia_, rel=1e-9)
     assert objective_of(points, clusters) == pytest.approx(objective, rel=1e-9)
+
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_kmeans_is_the_best_of_all_partitions(k):
@@ -67,6 +72,7 @@ def test_kmeans_is_the_best_of_all_partitions(k):
         alone = [toy_kmeans.kmeans(points, k, starts=1)[1] for _ in range(10)]
         worse += max(alone) > 1.001 * best
     assert worse > 0
+
 
 def test_all_starts_of_kmeans_run_to_their_end():
     """From the same centroids, Lloyd's algorithm in NumPy for more iterations than it needs."""
@@ -89,6 +95,7 @@ def test_all_starts_of_kmeans_run_to_their_end():
         assert objective == pytest.approx(min(ends), rel=1e-9)
     assert max(iterations) > min(iterations) + 5  # Some starts must wait for others.
 
+
 def test_kmeans_with_equal_sizes_is_the_best_of_all_halves():
     for _ in range(4):
         points = torch.randn(10, 2, dtype=torch.float64)
@@ -100,9 +107,11 @@ def test_kmeans_with_equal_sizes_is_the_best_of_all_halves():
                    for half in halves)
         assert objective == pytest.approx(best, rel=1e-9)
 
+
 def test_kmeans_survives_empty_clusters():
     clusters, objective = toy_kmeans.kmeans(torch.zeros(4, 2), 3, starts=2)
     assert objective == 0 and clusters.tolist() == [0, 0, 0, 0]
+
 
 def test_runs_side_by_side_are_those_of_a_loop(float64, monkeypatch):
     """Each run alone, as a layer with an optimizer of its own, with the same random numbers."""
@@ -151,6 +160,7 @@ def test_runs_side_by_side_are_those_of_a_loop(float64, monkeypatch):
         chosen.add(start)
     assert len(chosen) > 1  # Otherwise a fixed start would do.
 
+
 @pytest.mark.parametrize("sizes", [(80, 15, 5), (98, 1, 1), (34, 33, 33), (90, 10)])
 def test_vicreg_prefers_equal_sizes_at_the_corners_of_a_simplex_only(sizes):
     """Whitened one-hot vectors in K - 1 dimensions cost it nothing, whatever the sizes."""
@@ -167,7 +177,7 @@ def test_vicreg_prefers_equal_sizes_at_the_corners_of_a_simplex_only(sizes):
     at_corners = toy_kmeans.volume_terms(torch.tensor(sizes), prior)["VICReg"]
     assert at_corners > (5 if max(sizes) > 50 else 0)
 
-@pytest.mark.slow
+
 def test_quick_run_finds_groups_with_the_matched_prior_that_kmeans_cuts(
         tmp_path, monkeypatch, capsys):
     """In this process, because a new one needs seconds for its imports."""
@@ -182,8 +192,8 @@ def test_quick_run_finds_groups_with_the_matched_prior_that_kmeans_cuts(
                 raise KeyboardInterrupt
             keep(job, experiment(*job, args), 0)
             done.append(job)
-    monkeypatch.setattr(experiments, "run_in_processes", run_here)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(results, "run_in_processes", run_here)
+    with pytest.raises(SystemExit, match="^130$"):
         toy_kmeans.main(options)
     assert done == [(None,), (1,), (5,)]
     done.clear()

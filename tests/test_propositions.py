@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import pmsn
@@ -24,11 +26,14 @@ import toy_kmeans
 
 EXACT = 1e-9  # Both sides are float64.
 
+
 def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
+
 def on_sphere(*shape):
     return F.normalize(normal(*shape), dim=-1)
+
 
 def memberships(n, k):
     """All membership matrices without an empty cluster: (number, N, K)."""
@@ -36,15 +41,18 @@ def memberships(n, k):
     member = F.one_hot(choices, k).double()
     return member[(member.sum(dim=1) > 0).all(dim=1)]
 
+
 def all_sizes(n, k):
     """All (n_1, ..., n_K) with sum n, each at least 1."""
     for cuts in itertools.combinations(range(1, n), k - 1):
         yield torch.tensor([0, *cuts, n]).diff()
 
+
 def kmeans_objective(x, member):
     """sum_n |x_n - mu_k(n)|^2: (N, d), (..., N, K) -> (...)."""
     means = (member.mT @ x) / member.sum(dim=-2)[..., None]
     return (x - member @ means).square().sum(dim=(-1, -2))
+
 
 def test_memberships_and_objective_against_counting_and_a_loop():
     assert len(memberships(5, 3).unique(dim=0)) == 3**5 - 3 * 2**5 + 3  # inclusion and exclusion
@@ -54,6 +62,7 @@ def test_memberships_and_objective_against_counting_and_a_loop():
     by_hand = sum(((part - part.mean(axis=0)) ** 2).sum() for part in parts)
     assert kmeans_objective(x, member).item() == pytest.approx(by_hand, rel=1e-12)
 
+
 # ---- Proposition 1: K-means is a problem about memberships alone ---------------------------------
 # Claim: for every P,  sum_n |x_n - mu_k(n)|^2  =  |X|^2 - tr((P'P)^-1 P'XX'P).
 # The left side is explicit K-means, with centroids. The right side is implicit K-means, without.
@@ -61,6 +70,7 @@ def test_memberships_and_objective_against_counting_and_a_loop():
 def implicit_objective(x, member):
     inner = torch.linalg.solve(member.mT @ member, member.mT @ x @ x.T @ member)
     return x.square().sum() - inner.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
 
 def test_1_explicit_and_implicit_objective_are_the_same_number():
     torch.manual_seed(0)
@@ -70,15 +80,16 @@ def test_1_explicit_and_implicit_objective_are_the_same_number():
         implicit = implicit_objective(x, member).item()
         assert kmeans_objective(x, member).item() == pytest.approx(implicit, abs=EXACT)
 
+
 def test_1_explicit_and_implicit_kmeans_have_the_same_optimum():
-    cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is the oracle here")
     torch.manual_seed(1)
     for k in [2, 3] * 10:
         x = normal(7, 2)
         implicit = implicit_objective(x, memberships(7, k)).min().item()  # the best of all P
         _, explicit = toy_kmeans.kmeans(x, k, starts=50)
-        oracle = cluster.KMeans(k, n_init=50, random_state=0).fit(x.numpy())
+        oracle = KMeans(k, n_init=50, random_state=0).fit(x.numpy())
         assert [explicit, oracle.inertia_] == pytest.approx([implicit] * 2, abs=EXACT)
+
 
 # ---- Proposition 2: VICReg -----------------------------------------------------------------------
 # Assumption: the embedding of image n is corner k(n) of a regular simplex (K, K-1), scaled so that
@@ -111,6 +122,7 @@ def test_2b_invariance_is_affine_in_the_kmeans_objective():
                 affine = 2 * k / (k - 1) * (1 - inside / times.sum())
                 assert terms["invariance"].item() == pytest.approx(affine.item(), abs=EXACT)
 
+
 # ---- Proposition 3: MSN and PMSN -----------------------------------------------------------------
 # Assumption: embeddings z and prototypes q have unit length. The prototypes are the means of a
 # mixture of K Gaussians with covariance T times the identity, and pi are its weights.
@@ -122,12 +134,14 @@ def mixtures():
         uniform = torch.full_like(prior, 1 / k)
         yield on_sphere(40, 3), on_sphere(40, 3), on_sphere(k, 3), uniform, prior / prior.sum()
 
+
 def mixture(z, q, prior, temperature):
     """The mean of -log p(z), and log p(cluster | z) (N, K), by torch.distributions."""
     gaussians = MultivariateNormal(q, temperature * torch.eye(3, dtype=q.dtype))
     log_likelihood = MixtureSameFamily(Categorical(prior), gaussians).log_prob(z)
     log_joint = gaussians.log_prob(z[:, None]) + prior.log()
     return -log_likelihood.mean().item(), log_joint.log_softmax(dim=1)
+
 
 def prior_kl(r, prior):
     """KL(r_bar || pi) by pmsn_loss, for any assignments r (N, K)."""
@@ -139,6 +153,7 @@ def prior_kl(r, prior):
     temperature = 1 / squares.max().sqrt().item()
     corners = torch.eye(len(prior), dtype=r.dtype)
     return pmsn.pmsn_loss(z, z, corners, prior, temperature=temperature)[1]["prior_kl"].item()
+
 
 def test_prior_kl_is_a_numpy_formula():
     torch.manual_seed(5)
@@ -169,6 +184,7 @@ def free_energy(r, z, q, kl, temperature=0.1):
     information = (r * (r / r.mean(dim=0)).log()).sum(dim=1).mean()
     return (distortion + information).item() + kl + 1.5 * math.log(2 * math.pi * temperature)
 
+
 def test_3b_the_likelihood_contains_the_terms_of_msn_and_pmsn():
     for z, _, q, uniform, prior in mixtures():
         nll, log_posterior = mixture(z, q, uniform, 0.1)
@@ -193,6 +209,7 @@ def test_3c_likelihood_becomes_kmeans_as_the_temperature_vanishes():
         objective = torch.cdist(z, q).square().amin(dim=1).mean().item()
         assert -EXACT <= scaled - objective <= 2 * t * math.log(1 / prior.min().item())
 
+
 # ---- Proposition 4: SwAV and SimCLR --------------------------------------------------------------
 # Claim (a): as epsilon vanishes, Sinkhorn onto pi of softmax(z . q / epsilon) becomes the best
 # assignment with sizes N pi: the largest sum of z . q, so for unit vectors the smallest sum of
@@ -209,13 +226,13 @@ def test_4a_codes_are_the_best_assignment_of_their_sizes(sizes):
         best = (allowed * score).sum(dim=(1, 2)).max().item() / 6
         assert abs(best - (code * score).sum().item() / 6) <= 0.02 * math.log(3)
 
+
 def test_4a_codes_are_scipys_assignment():
-    optimize = pytest.importorskip("scipy.optimize", reason="SciPy is the oracle here")
     torch.manual_seed(7)
     score, log_prior = normal(6, 3), (torch.tensor([3, 2, 1]).double() / 6).log()
     code = pmsn.sinkhorn((score / 0.02).log_softmax(dim=1), log_prior, 2000)
     columns = np.repeat(np.arange(3), [3, 2, 1])  # a prototype with n places is n columns
-    rows, chosen = optimize.linear_sum_assignment(score.numpy()[:, columns], maximize=True)
+    rows, chosen = linear_sum_assignment(score.numpy()[:, columns], maximize=True)
     assert np.array_equal(code.argmax(dim=1).numpy()[rows], columns[chosen])
 
 # Claim (b): let z have unit length, and let positives be drawn uniformly from the same cluster.

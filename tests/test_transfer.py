@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from PIL import Image
 
 import pmsn
+import support.images
 import transfer
-from test_pmsn import overlapping_classes, standardize
+from test_evaluation import overlapping_classes, standardize
+
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
 
 def draw_clevr(folder, distances):
     """Scenes with objects at these distances. The gray level is their number, the left is white."""
@@ -38,6 +40,7 @@ def draw_clevr(folder, distances):
         write(folder / "scenes" / f"CLEVR_{split}_scenes.json", json.dumps({"scenes": content}))
     return folder
 
+
 # ---- Tasks ---------------------------------------------------------------------------------------
 def test_clevr_by_hand(tmp_path):
     """VTAB's bins begin at 0, 8, 8.5, 9, 9.5 and 10. The closest object counts."""
@@ -49,6 +52,7 @@ def test_clevr_by_hand(tmp_path):
     assert {Path(path).parent.name for path in test_paths} == {"val"}
     (_, distances), (_, test_distances) = transfer.TASKS["clevr_dist"][0](tmp_path)
     assert distances.tolist() == [0, 0, 1, 2, 3, 4, 5] == test_distances.tolist()[::-1]
+
 
 def test_kitti_by_hand(tmp_path):
     """Twenty videos of three images, in a random order. Two videos are the test."""
@@ -75,6 +79,7 @@ def test_kitti_by_hand(tmp_path):
     assert [int(Path(path).stem) for path in splits[1][0]] == expected and len(expected) == 6
     assert len(splits[0][0]) == 54
 
+
 def test_cifar100_in_the_python_version(tmp_path, monkeypatch):
     folder, pixels = tmp_path / "cifar-100-python", np.arange(3072, dtype=np.uint8)
     folder.mkdir()
@@ -92,6 +97,7 @@ def test_cifar100_in_the_python_version(tmp_path, monkeypatch):
     assert labels.tolist() == [7, 99] and test_labels.tolist() == [3]
     image = transfer.read_item(images, "1")
     np.testing.assert_array_equal(image.numpy(), 255 - pixels.reshape(3, 32, 32))
+
 
 # ---- Encoders ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("wrap, head", [
@@ -114,13 +120,16 @@ def test_weights_of_timm_msn_and_checkpoints(wrap, head, tmp_path):
     other = transfer.random_encoder(encoder, 0)
     assert other(images).shape == (2, 192) and not torch.equal(other(images), encoder(images))
 
+
 @pytest.fixture(scope="module")
 def weights():
     torch.manual_seed(0)
     return pmsn.VisionTransformer(16, 8, 96, 1, 3).state_dict()
 
+
 def zeros(weights):
     return {name: 0 * weight for name, weight in weights.items()}
+
 
 def assert_loads(content, weights, path):
     """The encoder of a file with this content has these weights, bit for bit."""
@@ -129,6 +138,7 @@ def assert_loads(content, weights, path):
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(found[name], weight, atol=0, rtol=0, msg=name)
+
 
 @pytest.mark.parametrize("prefix", [
     "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod.",
@@ -139,6 +149,7 @@ def test_prefixes_of_wrappers_in_any_order(prefix, weights, tmp_path):
     content |= {"n_averaged": torch.tensor(3), "predictor.weight": torch.ones(2)}
     assert_loads(content, weights, tmp_path / "weights.pt")
 
+
 @pytest.mark.parametrize("start, compiled", [("", "_orig_mod."),
                                              ("blocks.0.", "blocks.0._orig_mod.")])
 def test_the_encoder_or_its_blocks_are_compiled(start, compiled, weights, tmp_path):
@@ -146,6 +157,7 @@ def test_the_encoder_or_its_blocks_are_compiled(start, compiled, weights, tmp_pa
                for name, weight in weights.items()}
     assert any("_orig_mod" in name for name in content)
     assert_loads(content, weights, tmp_path / "weights.pt")
+
 
 @pytest.mark.parametrize("raw, average", [
     ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("student", "teacher"),
@@ -159,6 +171,7 @@ def test_of_two_sets_of_weights_the_average_is_taken(raw, average, weights, tmp_
     for content in ({raw: weights}, {raw: weights, average: None}, {average: weights}):
         assert_loads(content, weights, path)
     assert capsys.readouterr().out == ""
+
 
 @pytest.mark.parametrize("library", ["timm", "MAE", "DINO"])
 def test_checkpoints_hold_the_flags_of_their_training(library, weights, tmp_path):
@@ -178,6 +191,7 @@ def test_checkpoints_hold_the_flags_of_their_training(library, weights, tmp_path
         student = {f"module.{name}": 0 * weight for name, weight in teacher.items()}
         content = {"student": student, "teacher": teacher, "args": args}
     assert_loads(content, weights, tmp_path / "checkpoint.pth")
+
 
 @pytest.mark.parametrize("change, reason", [
     (lambda state: {"model": state, "args": Fraction(1, 2)},
@@ -214,10 +228,12 @@ def test_why_a_file_is_refused_is_one_short_line(change, reason, weights, tmp_pa
     _, line = capsys.readouterr().err.split(start, 1)
     assert line.startswith(reason) and line.count("\n") == 1 and len(line) < 202
 
+
 def test_errors_in_one_line():
     assert transfer.one_line(KeyError("scenes")) == "KeyError: 'scenes'"
     assert transfer.one_line(OSError(2, "no such file", "x")) == "[Errno 2] no such file: 'x'"
     assert transfer.one_line(ValueError("a\n\tb" + 300 * "c")) == "a b" + 197 * "c"
+
 
 # ---- Classifiers ---------------------------------------------------------------------------------
 def test_classifiers_equal_scikit_learns():
@@ -238,6 +254,7 @@ def test_classifiers_equal_scikit_learns():
     predicted = transfer.low_shot(x[:60], keys, test_x)
     assert (predicted.numpy() == oracle.predict(test_unit)).mean() > 0.99
 
+
 def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
     """The best value on the held-out fifth is taken. No test image takes part in the choice."""
     features, labels = torch.arange(50.0)[:, None], torch.zeros(50, dtype=torch.long)
@@ -247,7 +264,7 @@ def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
         calls.append((penalty, {*x[:, 0].tolist()}, {*test_x[:, 0].tolist()}))
         wrong = abs(transfer.PENALTIES.index(penalty) - 1)
         return torch.full((len(test_x),), wrong)
-    monkeypatch.setattr(pmsn, "linear_probe", linear_probe)
+    monkeypatch.setattr(transfer, "linear_probe", linear_probe)
     _, penalty = transfer.probe(features, labels, features + 1000, seed=0)
     *choices, final = calls
     assert [call[0] for call in choices] == list(transfer.PENALTIES)
@@ -256,11 +273,13 @@ def test_probe_chooses_its_penalty_on_held_out_images(monkeypatch):
     assert final[0] == penalty == transfer.PENALTIES[1]
     assert len(final[1]) == 50 and min(final[2]) == 1000
 
+
 def test_shots_are_stratified_and_reproducible():
     labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 50)
     one, again, other = (transfer.draw_shots(labels, 5, seed) for seed in (1, 1, 2))
     assert torch.bincount(labels[one]).tolist() == [5, 3, 5] and len(one.unique()) == 13
     assert torch.equal(one, again) and set(one.tolist()) != set(other.tolist())
+
 
 def test_scores_and_differences_by_hand():
     labels = torch.tensor([0] * 150 + [1] * 10)
@@ -279,45 +298,41 @@ def test_scores_and_differences_by_hand():
     balanced = transfer.score(first[None], test_labels, torch.arange(300) % 2)
     assert balanced.keys() == {"all", "class"}
 
+
 # ---- Whole runs ----------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
-    """It starts with train_inat.py --quick, which starts anew after an interrupted run.
-
-    Here it has a third of its images, and the figures of the training are empty.
-    """
-    fake_data, savefig = torchvision.datasets.FakeData, Figure.savefig
-
-    def draw(figure, file, **options):
-        is_ours = any("is better in" in text.get_text() for text in figure.texts)
-        savefig(figure if is_ours else Figure(figsize=(1, 1)), file, **options)
-
-    monkeypatch.setattr(torchvision.datasets, "FakeData",
-                        lambda count, *shape: fake_data(count // 3, *shape))
-    monkeypatch.setattr(Figure, "savefig", draw)
-    folder = tmp_path / "train_inat"
-    (folder / "quick_images").mkdir(parents=True)
-    write(folder / "checkpoint.pt", "half a file")
+    """Here with a third of its images."""
+    monkeypatch.setattr(support.images, "FakeData",
+                        lambda count, *shape: torchvision.datasets.FakeData(count // 3, *shape))
     transfer.main(["--quick", "--out", str(tmp_path)])
-    assert {path.name for path in folder.iterdir() if path.is_file()} == {
-        "checkpoint.pt", "encoder.pt", "metrics.jsonl", "training.png", "prototypes.png", "lock"}
     assert min(Image.open(tmp_path / "transfer.png").size) > 300
     content = json.loads((tmp_path / "transfer.json").read_text())
     results, differences = content["results"], content["differences"]
     classifiers = ["linear", "k-NN", "1-shot", "5-shot"]
     assert [row["classifier"] for row in results[::2]] == classifiers
     assert ["std" in row for row in results[::2]] == [False, False, True, True]
+    encoder = str(tmp_path / "quick_encoder.pt")
     for first, second, difference in zip(results[::2], results[1::2], differences, strict=True):
-        assert (first["encoder"], second["encoder"]) == (str(folder / "encoder.pt"), "random")
+        assert (first["encoder"], second["encoder"]) == (encoder, "random")
         assert difference["mean"] == pytest.approx(first["all"] - second["all"])
     # Another run reads the features instead of computing them, and finds the same.
     monkeypatch.setattr(pmsn.VisionTransformer, "forward", None)
     capsys.readouterr()  # The first run has printed this row too.
-    transfer.main(["--encoder", str(folder / "encoder.pt"), "--task", "folder", "--data",
-                   str(folder / "quick_images"), "--out", str(tmp_path)])
+    transfer.main(["--encoder", encoder, "--task", "folder", "--data",
+                   str(tmp_path / "quick_images"), "--out", str(tmp_path)])
     again = json.loads((tmp_path / "transfer.json").read_text())
     assert again["results"] == results[:3:2] and not again["differences"]
     assert f"folder quick_images     linear    {results[0]['all']:9.2f}" in capsys.readouterr().out
+
+
+def test_one_test_image_is_no_test(tmp_path, capsys):
+    """There would be no standard error. This is said before features are computed."""
+    draw_clevr(tmp_path, {"train": [[9] * 5] * 4, "val": [[9] * 5]})
+    with pytest.raises(SystemExit, match="^2$"):
+        transfer.main(["--encoder", "random", "--task", "clevr_count", "--data", str(tmp_path),
+                       "--out", str(tmp_path / "out")])
+    assert "there are fewer than two test images" in capsys.readouterr().err
+
 
 def test_clevr_computes_features_once_for_both_tasks_and_sees_whole_images(tmp_path, monkeypatch):
     """One of the four test images cannot be read, and counts as a wrong answer."""

@@ -1,9 +1,11 @@
 """extras/which_prior.py: its data, its measures by hand, and a whole run."""
 
+import functools
 import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,15 +14,18 @@ from PIL import Image
 import imbalance
 import pmsn
 import which_prior
+from support import photographs
+
 
 def test_classes_follow_the_exponent_and_nothing_else_does():
-    torch.manual_seed(0)
     data = which_prior.Letters(which_prior.TRAIN_FONTS, 4, 1.0, 0.5, 24_000)
     assert torch.bincount(data.labels) / 960 == pytest.approx([12, 6, 4, 3], abs=0.5)  # k^-1
     head = data.labels == 0
-    for values, kinds in ((data.fonts, 12), (data.backgrounds, 10)):
+    fonts = data.letter_index // 4  # The letters are listed font by font.
+    for values, kinds in ((fonts, 12), (data.backgrounds, 10)):
         shares = torch.bincount(values[head]) / 11_520
         assert shares == pytest.approx([1 / kinds] * kinds, abs=0.015)
+
 
 def test_test_images_are_in_other_fonts():
     train, test = (which_prior.Letters(fonts, 64, 0.0, 0.0, 10) for fonts in (
@@ -28,9 +33,9 @@ def test_test_images_are_in_other_fonts():
     letters = torch.cat([train.letters, test.letters]).flatten(1)
     assert len(letters) == 16 * 64 == len(letters.unique(dim=0))
 
+
 def test_views_show_the_class_and_the_grating():
     """Without contrast the background is black. The average view looks like its letter."""
-    torch.manual_seed(0)
     for contrast, gray in ((0.0, -1.0), (0.8, -0.2)):  # Gratings are gray on average.
         data = which_prior.Letters(["DejaVuSans"], 8, 0.0, contrast, 4000)
         views = data.all_views()
@@ -41,14 +46,15 @@ def test_views_show_the_class_and_the_grating():
         correlations = torch.cat([letters, means]).corrcoef()[:8, 8:]
         assert correlations.argmax(dim=1).tolist() == list(range(8))
 
+
 def make_photographs(counts=(40, 40, 40), **options):
     """Photographs of three classes. Every pixel of image i has the value i."""
     images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None]
     return which_prior.Photographs(images.expand(-1, 3, 32, 32), **options)
 
+
 def test_photographs_are_long_tailed_without_repetition():
     """Class 2 is the most frequent one, then 0, then 1: 36, 18 and 12 of 66 images."""
-    torch.manual_seed(0)
     data = make_photographs(order=[2, 0, 1], exponent=1.0, contrast=0.0, count=66)
     numbers = data.images[:, 0, 0, 0].long()
     assert len(numbers.unique()) == 66
@@ -59,9 +65,9 @@ def test_photographs_are_long_tailed_without_repetition():
     everything = make_photographs(order=[2, 0, 1], exponent=0.0, contrast=0.0)
     assert everything.labels.bincount().tolist() == [40] * 3 and len(everything.images) == 120
 
+
 def test_gratings_are_blended_into_photographs():
     """Gray photographs show nothing but their grating, which is theirs in all views."""
-    torch.manual_seed(0)
     data = make_photographs(order=[0, 1, 2], exponent=0.0, contrast=0.6)
     index = torch.arange(120)
     blended = data.blend(torch.full((120, 3, 32, 32), 0.4), index)
@@ -78,6 +84,7 @@ def test_gratings_are_blended_into_photographs():
     views = data.all_views()
     assert views.shape == (120, 3, 32, 32)
 
+
 def test_gains_are_paired_by_seed_data_and_loss():
     runs = [{"seed": seed, "data_exponent": data, "contrast": 0.0, "prior_exponent": prior,
              "loss": "plain", "results": dict.fromkeys(which_prior.GAINS, value)}
@@ -88,87 +95,163 @@ def test_gains_are_paired_by_seed_data_and_loss():
     gains = [run["results"].get("gain_balanced_probe") for run in runs]
     assert gains == [0, pytest.approx(0.1), pytest.approx(0.3), 0, 0, None]
 
-def test_measures_by_hand():
+
+def test_means_of_head_middle_and_tail_by_hand():
     values = torch.tensor([1, 0, 1, 1, 0, 0, 1]) > 0
     found = which_prior.by_group("knn", values, torch.tensor([0, 0, 1, 2, 3, 4, 5]), 6)
     assert found == pytest.approx(
         {"knn": 4 / 7, "knn_head": 2 / 3, "knn_middle": 1 / 2, "knn_tail": 1 / 2})
-    # Prototype 0 has classes 0, 0, 1, prototype 1 has class 0, and prototype 3 has class 2.
-    pure, spread = which_prior.prototype_use(torch.tensor([0, 0, 0, 1, 3]),
-                                             torch.tensor([0, 0, 1, 0, 2]), 4)
-    assert pure.tolist() == [True, True, False, True, True]
-    assert spread[:3].tolist() == pytest.approx([3 / 2 ** (2 / 3), 1, 1])  # log 3 - 2/3 log 2
-    assert spread[3].isnan()  # There is no image of class 3.
 
-def test_a_measure_without_a_value_is_left_out(monkeypatch):
-    """The rarest classes can be without a training image, and then nothing can be measured."""
+
+def test_measures_by_hand():
+    """Features are the corners of a cube, which are the prototypes, too.
+
+    Prototype 0 has classes 0, 0, 1, prototype 1 has class 0, and prototype 3 has class 2, each of
+    them eight times. In the balanced images prototype 0 has class 1 only.
+    """
+    def images(corners, labels, copies):
+        features = 4 * torch.eye(4)[torch.tensor(corners).repeat(copies)]
+        features = features + 0.01 * torch.randn(features.shape)
+        return SimpleNamespace(labels=torch.tensor(labels).repeat(copies),
+                               backgrounds=torch.tensor(corners).repeat(copies) % 2), features
+    sets, views = zip(images([0, 0, 0, 1, 3], [0, 0, 1, 0, 2], 8),
+                      images([0, 0, 1, 3], [0, 1, 0, 2], 11),
+                      images([0, 1, 3], [1, 0, 2], 20))
+    network = pmsn.PMSN(torch.nn.Identity(), pmsn.power_law_prior(4, 1.0),
+                        head=torch.nn.Identity(), output_dim=4, patch_drop=0.0)
+    network.prototypes.data = torch.eye(4)
+    model = SimpleNamespace(network=network, tested_encoder=network.target_encoder)
+    found = which_prior.measure(model, sets, views, 3)
+    expected = {"same_background": 1.0,
+                **{f"purity{group}": value for group, value in (
+                    ("", 4 / 5), ("_head", 1), ("_middle", 0), ("_tail", 1))}}
+    for name in ("knn", "probe"):  # Of the test images, prototype 0 has class 0 and class 1.
+        expected |= {name: 3 / 4, f"{name}_head": 1, f"{name}_middle": 0, f"{name}_tail": 1}
+        name = f"balanced_{name}"
+        expected |= {name: 3 / 4, f"{name}_head": 1 / 2, f"{name}_middle": 1, f"{name}_tail": 1}
+    assert found == pytest.approx(expected)
+
+
+def measure_nothing(*_):
+    return {"knn": math.nan, "balanced_probe": 0.5}
+
+
+def test_a_measure_without_a_value_is_left_out(tmp_path, jobs_here, monkeypatch, capsys):
+    """The rarest classes can be without an image, and then nothing can be measured."""
+    nothing = which_prior.by_group("knn", torch.ones(2) > 0, torch.tensor([0, 3]), 6)
+    assert math.isnan(nothing["knn_tail"]) and nothing["knn_middle"] == 1
     monkeypatch.setattr(which_prior, "train", lambda *_: None)
     monkeypatch.setattr(which_prior, "make_models", lambda seed, args: [])
-    monkeypatch.setattr(which_prior, "measure", lambda *args: {"knn": 0.5, "spread_tail": math.nan})
-    args = SimpleNamespace(data="letters", classes=3, images=1024, epochs=1, from_labels=False)
-    runs = which_prior.experiment(0, 1.0, 0.0, args)
-    assert [(run["loss"], run["results"]) for run in runs] == [
-        ("random", {"knn": 0.5}), ("supervised", {"knn": 0.5})]
-
-@pytest.mark.slow
-def test_quick_run_end_to_end(tmp_path, capsys):
-    which_prior.main(["--quick", "--losses", "plain", "relative", "--contrasts", "0.7",
-                      "--classes", "8", "--out", str(tmp_path), "--workers", "1"])
+    monkeypatch.setattr(which_prior, "measure", measure_nothing)
+    monkeypatch.setattr(which_prior, "write_figure", lambda *_: None)
+    which_prior.main(["--quick", "--out", str(tmp_path)])
     runs = json.loads((tmp_path / "which_prior.json").read_text())["runs"]
+    assert [(run["loss"], run["results"]) for run in runs] == [
+        ("random", {"balanced_probe": 0.5}), ("supervised", {"balanced_probe": 0.5})]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:-1]]
+    assert [row[-9:] for row in rows] == 2 * [[*3 * "-", "0.500", *5 * "-"]]
+
+
+def test_views_do_not_depend_on_which_models_there_are(monkeypatch):
+    """Training begins with the same random numbers for one model and for three."""
+    states = []
+    monkeypatch.setattr(which_prior, "train", lambda *_: states.append(torch.get_rng_state()))
+    monkeypatch.setattr(which_prior, "measure", measure_nothing)
+    for losses in (["plain"], ["plain", "relative", "both"]):
+        args = SimpleNamespace(data="letters", classes=3, images=256, prototypes=5, losses=losses,
+                               prior_exponents=[1.0], from_labels=False)
+        which_prior.experiment(3, 1.0, 0.0, args)
+    assert torch.equal(*states)
+
+
+@pytest.fixture
+def short_probes(monkeypatch):
+    """With a large penalty, the linear probe takes fewer steps."""
+    monkeypatch.setattr(which_prior, "linear_probe",
+                        functools.partial(which_prior.linear_probe, penalty=100.0))
+
+
+def test_quick_run_end_to_end(tmp_path, jobs_here, short_probes, capsys):
+    which_prior.main(["--quick", "--losses", "plain", "relative", "--classes", "8", "--seeds", "3",
+                      "--out", str(tmp_path), "--workers", "1"])
+    content = json.loads((tmp_path / "which_prior.json").read_text())
+    runs = content["runs"]
     names = [(run["prior_exponent"], run["loss"]) for run in runs]
     results = [run["results"] for run in runs]
     assert names == [(None, "random"), (0, "plain"), (0, "relative"), (1, "plain"),
                      (1, "relative"), (None, "supervised")]
+    kinds = {(run["seed"], run["data_exponent"], run["contrast"]) for run in runs}
+    assert kinds == {(3, 1.0, 0.7)}
     assert results[1] == results[2]  # With the uniform prior, both ways are the same.
     assert all(results[i] != results[j] for i, j in ((1, 3), (3, 4), (2, 4)))
     assert all(0 < result[name] < 1 for result in results for name in ("knn", "probe"))
+    assert results[0]["knn"] == pytest.approx(untrained_knn(3, 8, 512), abs=0.01)
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert len(table) == 2 + 6 + 1 and len(set(map(len, table[1:-1]))) == 1  # aligned
     assert min(Image.open(tmp_path / "which_prior.png").size) > 300
 
-@pytest.mark.slow
-def test_photographs_end_to_end(tmp_path, capsys):
+
+def untrained_knn(seed, classes, count):
+    """The accuracy of weighted k-NN on features of an untrained encoder, by NumPy."""
+    torch.manual_seed(seed)
+    data = [which_prior.Letters(fonts, classes, exponent, 0.7, n) for fonts, exponent, n in (
+        (which_prior.TRAIN_FONTS, 1.0, count), (which_prior.TEST_FONTS, 0.0, count // 4),
+        (which_prior.TRAIN_FONTS, 0.0, count))]
+    views = [images.all_views() for images in data]
+    torch.manual_seed(seed)
+    encoder = which_prior.make_encoder(32)
+    with torch.no_grad():
+        x, test_x = (F.normalize(encoder(view)).numpy() for view in views[:2])
+    votes, cosines = np.zeros((len(test_x), classes)), test_x @ x.T
+    for votes_of_one, row in zip(votes, cosines):
+        nearest = np.argsort(-row)[:20]
+        np.add.at(votes_of_one, data[0].labels.numpy()[nearest], np.exp(row[nearest] / 0.07))
+    return np.mean(votes.argmax(axis=1) == data[1].labels.numpy())
+
+
+def test_photographs_end_to_end(tmp_path, jobs_here, short_probes, monkeypatch, capsys):
     """Images of three classes, with colors that differ a little, from a folder."""
-    for split, count in (("train", 200), ("test", 50)):
+    monkeypatch.setattr(which_prior, "write_figure", lambda *_: None)  # see the quick run
+    monkeypatch.setattr(which_prior, "BATCH_SIZE", 64)
+    for split, count in (("train", 140), ("test", 20)):
         for c in range(3):
             (tmp_path / split / str(c)).mkdir(parents=True)
             for i in range(count):
                 pixels = torch.rand(32, 32, 3) * 100 + 40 * torch.eye(3)[c] + 10 * (i % 5)
                 Image.fromarray(pixels.byte().numpy()).save(tmp_path / split / str(c) / f"{i}.png")
-    options = ["--data", str(tmp_path), "--epochs", "2", "--losses", "plain", "any_order",
+    options = ["--data", str(tmp_path), "--epochs", "1", "--losses", "plain", "any_order",
                "--prior_exponents", "0", "1", "--data_exponents", "1", "--prototypes", "6",
                "--contrasts", "0.3", "--out", str(tmp_path / "out"), "--workers", "1"]
     with pytest.raises(SystemExit):
         which_prior.main([*options, "--images", "600"])
-    assert "needs 327 images of the most frequent class, and there are 200" in (
+    assert "needs 327 images of the most frequent class, and there are 140" in (
         capsys.readouterr().err)
     with pytest.raises(SystemExit):
-        which_prior.main([*options, "--images", "300", "--from_labels"])
+        which_prior.main([*options, "--images", "256", "--from_labels"])
     assert "needs one prototype per class: --prototypes 3" in capsys.readouterr().err
-    which_prior.main([*options, "--images", "300"])
+    which_prior.main([*options, "--images", "256"])
     runs = json.loads((tmp_path / "out/which_prior.json").read_text())["runs"]
     assert [(run["prior_exponent"], run["loss"]) for run in runs] == [
         (None, "random"), (0, "plain"), (0, "any_order"), (1, "plain"), (1, "any_order"),
         (None, "supervised")]
     assert runs[1]["results"] == runs[2]["results"] != runs[3]["results"]
     assert runs[-1]["results"]["balanced_probe"] > 0.9  # Colors are easy.
-    which_prior.main([*options, "--images", "300", "--from_labels", "--prototypes", "3",
-                      "--epochs", "4", "--out", str(tmp_path / "labels")])
+    which_prior.main([*options, "--images", "256", "--from_labels", "--prototypes", "3",
+                      "--epochs", "2", "--out", str(tmp_path / "labels")])
     runs = json.loads((tmp_path / "labels/which_prior.json").read_text())["runs"]
     purity = [run["results"].get("purity") for run in runs]
     assert purity[0] is None and all(value > 0.9 for value in purity[1:])
 
+
 def test_all_arms_start_equal_and_the_target_network_is_tested():
     args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain", "relative", "any_order"],
-                           data="photographs", classes=3, prototypes=6, prior_weight=1.0,
-                           from_labels=False)
+                           data="photographs", classes=3, prototypes=6, from_labels=False)
     runs = [*which_prior.make_models(5, args), which_prior.make_supervised(5, args)]
     assert [(run.exponent, run.losses) for run in runs] == [
         (0, ["plain", "relative", "any_order"]), (1, ["plain"]), (1, ["relative"]),
         (1, ["any_order"]), (None, ["supervised"])]
     assert [run.options for run in runs[:4]] == [
-        {"prior_weight": 1}, {"prior_weight": 1}, {"prior_weight": 1, "relative_sharpening": True},
-        {"prior_weight": 1, "any_order": True}]
+        {}, {}, {"relative_sharpening": True}, {"any_order": True}]
     for run in runs[:4]:
         assert run.tested_encoder is run.network.target_encoder
         for name, value in runs[0].network.state_dict().items():
@@ -178,9 +261,11 @@ def test_all_arms_start_equal_and_the_target_network_is_tested():
     torch.testing.assert_close(next(runs[-1].tested_encoder.parameters()), first, rtol=0, atol=0)
     torch.testing.assert_close(next(runs[0].tested_encoder.parameters()), first, rtol=0, atol=0)
 
+
 def make_resnet_after_seed(seed):
     torch.manual_seed(seed)
-    return imbalance.make_resnet()
+    return photographs.make_resnet()
+
 
 class FixedViews:
     """Twelve images in three batches of four. Views are noise on the image, in their order."""
@@ -194,18 +279,20 @@ class FixedViews:
         images = self.images[index]
         return images + 0.1 * torch.randn(images.shape)
 
+
 @pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
+
 @pytest.mark.parametrize("name", ["letters", "CIFAR10"])
 def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
     """PMSN and a supervised network, two epochs of three steps, written out for each of them."""
     monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
     args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data=name, classes=3,
-                           prototypes=5, prior_weight=2.0, epochs=2, from_labels=False)
+                           prototypes=5, epochs=2, from_labels=False)
     channels = 1 if name == "letters" else 3
     models, twins = [[*which_prior.make_models(0, args), which_prior.make_supervised(0, args)]
                      for _ in range(2)]
@@ -234,7 +321,7 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
                     anchors = network.head(network.encoder(anchor_view))
                     loss, of_step = pmsn.pmsn_loss(
                         anchors, targets, network.prototypes, pmsn.power_law_prior(5, 1.0),
-                        sharpening=sharpening, prior_weight=2.0, any_order=True)
+                        sharpening=sharpening, any_order=True)
                     terms.append(of_step["cross_entropy"].item())
                 twin.optimizer.param_groups[0]["lr"] = lr
                 twin.optimizer.zero_grad()
@@ -255,11 +342,12 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
     assert models[0].terms["cross_entropy"] == pytest.approx(sum(terms[3:]) / 3, rel=1e-4)
     assert models[1].terms == {} and capsys.readouterr().out.count("\n") == 2
 
+
 def test_all_priors_start_from_the_same_supervised_network(capsys, monkeypatch):
     """It classifies by its prototypes, and each prior gets its weights, target network included."""
     monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
     args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain"], data="CIFAR10", classes=3,
-                           prototypes=3, prior_weight=1.0, epochs=20, from_labels=True)
+                           prototypes=3, epochs=20, from_labels=True)
     models, supervised = which_prior.make_models(0, args), which_prior.make_supervised(0, args)
     start, data = supervised.network.pmsn, FixedViews(3)
     assert supervised.tested_encoder is start.encoder
@@ -282,6 +370,7 @@ def test_all_priors_start_from_the_same_supervised_network(capsys, monkeypatch):
         assert nearest.argmax(dim=1).tolist() == data.labels.tolist()
         assert {id(x) for x in model.optimizer.param_groups[0]["params"]} >= {
             id(network.prototypes), *map(id, network.encoder.parameters())}
+
 
 def test_too_few_images_are_an_error():
     """Rounding of the class sizes can leave less than a mini-batch. Nothing would be trained."""

@@ -1,0 +1,10 @@
+"""What the scripts share and what is not the paper. Each file has one subject:
+
+    runs.py           flags, errors of one line, processes, the folder of a run and its checkpoint
+    results.py        experiments with several seeds: their files of results, means, tables
+    images.py         images on disk: data sets, decoding, unreadable files
+    evaluation.py     classifiers on frozen features
+    figures.py        what all figures have in common
+    drawings.py       images that we draw: digits, letters, gratings, and a small encoder for them
+    photographs.py    small photographs, and a small ResNet for them
+"""

@@ -1,0 +1,154 @@
+"""results/make.py: the tables of the READMEs and the figures are those of the files of results."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "results"))
+import make
+
+
+@pytest.mark.parametrize("readme", make.READMES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_tables_are_those_of_the_files(readme):
+    text = readme.read_text()
+    assert make.with_tables(text) == text, "run: python results/make.py"
+    assert text.count("<!-- table: ") == text.count("<!-- end -->")
+
+
+@pytest.mark.parametrize("name", make.FIGURES)
+def test_figures_come_with_their_file(name):
+    assert {"command", "commit", "machine", "torch"} <= make.load(name)["made_by"][0].keys()
+    for figure in make.FIGURES[name].values():
+        with Image.open(make.FOLDER.parent / "figures" / figure) as image:
+            assert image.text["results"] == make.digest(name), figure
+
+
+def test_a_run_is_taken_and_written_as_a_table(tmp_path, monkeypatch):
+    """Two seeds and two groups, by hand: 1.5 ± .7, and a dash where a seed has no value."""
+    monkeypatch.setattr(make, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(make, "FIGURES", {"example": {"plot.png": "example.png"}})
+
+    def table(name):
+        runs = make.load(name)["runs"]
+        return make.table_of(runs, {"kind": "kind"}, {"x": "value", "y": "other"})
+    monkeypatch.setattr(make, "TABLES", {"example": (table, ["example"])})
+    for folder in ("results", "figures", "run"):
+        (tmp_path / folder).mkdir()
+    runs = [{"kind": kind, "seed": seed, "job": [kind, seed], "job_seconds": 90, "results": results}
+            for kind, seed, results in (("a", 0, {"x": 1, "y": 1 / 3}), ("a", 1, {"x": 2}),
+                                        ("b", 0, {"x": 0.5, "y": 4}))]
+    made_by = [{"command": "python a.py", "commit": commit, "machine": "a machine", "torch": "2"}
+               for commit in ("abc", "def")]
+    content = {"config": {}, "made_by": made_by, "runs": runs}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(content))
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "run" / "plot.png")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: example -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(make, "READMES", [readme])
+    with pytest.raises(SystemExit, match="^2$"):
+        make.main(["example", str(tmp_path)])  # no results
+    make.main(["example", str(tmp_path / "run")])
+    assert readme.read_text() == """before
+<!-- table: example -->
+| kind | value | other |
+| --- | --- | --- |
+| a | 1.500 ± 0.707 | - |
+| b | 0.500 | 4.000 |
+
+n = 2 seeds (0, 1). `python a.py`, commit abc, def, a machine, torch 2, 4 minutes of one core.
+<!-- end -->
+after
+"""
+    assert make.load("example")["runs"][0]["results"]["y"] == 0.33333
+    with Image.open(tmp_path / "figures" / "example.png") as image:
+        assert image.text["results"] == make.digest("example") and image.size == (30, 20)
+
+
+def test_tables_of_kmeans(monkeypatch):
+    """Jobs end in any order. Two seeds by hand: .9 ± .14 and 0."""
+    scores = {10: {"K-means": (0.0, 0.0), "MSN": (0.5, 0.5)},
+              2: {"K-means": (0.8, 1.0), "MSN": (1.0, 1.0)}}
+    runs = [{"seed": seed, "method": method, "imbalance": imbalance,
+             "results": {"adjusted_rand_index": score}}
+            for imbalance, of_methods in scores.items()
+            for method, of_seeds in of_methods.items() for seed, score in enumerate(of_seeds)]
+    shares = {"share_1": 0.25, "share_2": 0.25, "share_3": 0.5}
+    runs.insert(4, {"loss": "SimCLR", "results": shares})
+    content = {"config": {"prior": [0.5, 0.3, 0.2]}, "runs": runs}
+    monkeypatch.setattr(make, "load", lambda name: content)
+    assert make.kmeans("any").splitlines() == [
+        "| sizes of the groups | 2:1 | 10:1 |", "| --- | --- | --- |",
+        "| K-means | 0.900 ± 0.141 | 0.000 ± 0.000 |",
+        "| MSN | 1.000 ± 0.000 | 0.500 ± 0.000 |"]
+    assert make.kmeans_shares("any").splitlines()[2:] == [
+        "| SimCLR | 0.250 | 0.250 | 0.500 |", "| the prior of PMSN | 0.500 | 0.300 | 0.200 |"]
+
+
+def test_tables_of_which_prior(tmp_path, monkeypatch):
+    """Gains are paired by seed, by hand. One line has runs from two files."""
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+
+    def run(seed, exponent, loss, probe, data_exponent=1.0):
+        return {"seed": seed, "data_exponent": data_exponent, "contrast": 0.0,
+                "prior_exponent": exponent, "loss": loss,
+                "results": {"probe": probe, "balanced_probe": probe,
+                            "effective_prototypes": 100 * probe}}
+    first = [run(0, 0.0, "plain", 0.5), run(0, 0.25, "plain", 0.6), run(0, 1.0, "plain", 0.1),
+             run(0, None, "random", 0.2), run(0, 0.0, "relative", 0.5),
+             run(0, 0.25, "relative", 0.7), run(0, 0.25, "plain", 0.9, data_exponent=0.0),
+             run(0, 0.0, "plain", 0.4, data_exponent=0.0)]
+    second = [run(1, 0.0, "plain", 0.4), run(1, 0.25, "plain", 0.35)]
+    for name, runs in (("first", first), ("second", second)):
+        content = {"config": {"prototypes": 64}, "runs": runs}
+        make.path_of(name).write_text(json.dumps(content))
+    columns = {"probe": "accuracy", "effective_prototypes": "prototypes"}
+    table = make.accuracies("first", columns, ("random", "plain", "relative"))
+    assert table.splitlines()[2:] == [
+        "| untrained encoder |  | 0.200 | 20.0 |",
+        "| PMSN | uniform | 0.500 | 50.0 |",
+        "| PMSN | exponent 0.25 | 0.600 | 60.0 |",
+        "| PMSN | exponent 1.0 | 0.100 | 10.0 |",
+        "| relative sharpening | exponent 0.25 | 0.700 | 70.0 |"]
+    lines = [(1.0, "plain", ["first", "second"]), (0.0, "plain", ["first"]),
+             (1.0, "relative", ["first"])]
+    columns = {(0.25, "balanced_probe"): "mild", (1.0, "balanced_probe"): "steep"}
+    assert make.gains(lines, columns).splitlines()[2:] == [
+        "| long-tailed | 64 | PMSN | 0.025 ± 0.106 (n = 2) | -0.400 (n = 1) |",
+        "| balanced | 64 | PMSN | 0.500 (n = 1) |  |",
+        "| long-tailed | 64 | relative sharpening | 0.200 (n = 1) |  |"]
+    start = run(0, None, "supervised", 0.9)
+    make.path_of("labels").write_text(json.dumps({"runs": [start, *second]}))
+    table = make.from_labels("first", "labels")
+    rows = [line.strip("| ").split(" | ")[:5] for line in table.splitlines()[2:]]
+    assert rows == [["random weights", "PMSN", "uniform", "0.500", "0.000"],
+                    ["random weights", "PMSN", "exponent 0.25", "0.600", "0.100"],
+                    ["random weights", "PMSN", "exponent 1.0", "0.100", "-0.400"],
+                    ["labels", "before", "", "0.900", "-"],
+                    ["labels", "PMSN", "uniform", "0.400", "0.000"],
+                    ["labels", "PMSN", "exponent 0.25", "0.350", "-0.050"]]
+
+
+def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
+    """One seed, by hand: SimCLR loses .1 and .3 of .4, MAE nothing and .1 of .2."""
+    accuracies = {"SimCLR": {10: 0.6, 2: 0.5, 1: 0.3}, "MAE": {10: 0.4, 2: 0.4, 1: 0.3},
+                  "random ResNet": {10: 0.2}, "random ViT/4": {10: 0.2}}
+    tasks = ("class", "knn", "luminance", "color", "orientation")
+    runs = [{"seed": 0, "method": name, "classes_per_batch": count,
+             "results": dict.fromkeys(tasks, value)}
+            for name, of_counts in accuracies.items() for count, value in of_counts.items()]
+    monkeypatch.setattr(make, "load", lambda name: {"runs": runs})
+    groups = ["with a volume term", "without a volume term", "difference"]
+    table = make.imbalanced(["any"], [*accuracies, *groups], two_classes=True)
+    rows = [[cell.split(" ±")[0] for cell in line.strip("| ").split(" | ")]
+            for line in table.splitlines()[2:]]
+    assert [row[:6] for row in rows] == [
+        ["SimCLR", "0.600", "0.100", "0.300", "0.750", "0.300"],
+        ["MAE", "0.400", "0.000", "0.100", "0.500", "0.100"],
+        ["random ResNet", "0.200", "-", "-", "-", "-"],
+        ["random ViT/4", "0.200", "-", "-", "-", "-"],
+        ["with a volume term", "-", "0.100", "0.300", "0.750", "0.300"],
+        ["without a volume term", "-", "0.000", "0.100", "0.500", "0.100"],
+        ["difference", "-", "0.100", "0.200", "0.250", "0.200"]]
