@@ -10,7 +10,7 @@ them evenly (pose, background). PMSN is MSN (Assran et al., ECCV 2022) with a pr
 
     symbol   name in the code    meaning                                            shape
     B                            images per mini-batch on this GPU
-    M                            anchor views per image
+    M                            anchor views per image (in MSN 11: 1 rand and 10 focal)
     K        num_prototypes      number of prototypes
     d        output_dim          dimension of the embeddings
     z        anchors             embeddings of anchor views by the trained network  (M*B, d)
@@ -25,7 +25,7 @@ An image gives three kinds of views. The target view is a large crop with all of
 views are large crops that lose some patches (they are masked). Focal views are small crops with all
 patches. Rand and focal views are the M anchor views.
 
-    anchor view -> patches, without some  -> encoder        -> head        -> z  \
+    anchor view -> patches (rand: some)   -> encoder        -> head        -> z  \
                                                                                   prototypes -> loss
     target view -> patches, all of them   -> target encoder -> target head -> z+ /
 
@@ -43,11 +43,12 @@ all of it (`python pmsn.py` runs it on noise):
     features = model.target_encoder(images)     # images normalized as make_views does it
 
 The cross-entropy alone is nearly 0 if every prediction names the same prototype with certainty.
-Against this collapse there is the KL, which is then large.
+Against this collapse there is the KL, which is then log(1 / pi_k) for this prototype k.
 
-With a uniform pi, KL = log K - H(p_bar). MSN maximizes this entropy H of the mean prediction, so
-its loss is the same up to the constant log K. MSN's published code also rescales p+ by Sinkhorn
-iterations, so that all clusters get equal shares. `sinkhorn_iterations` turns this on.
+With a uniform pi, KL = log K - H(p_bar), where H of one distribution is its entropy. MSN maximizes
+this H, so its loss is the same up to the constant prior_weight * log K. MSN's published code also
+rescales p+ by Sinkhorn iterations, so that all clusters get equal shares. `sinkhorn_iterations`
+turns this on.
 
 The file has this order: priors, loss, options of the loss that are not in the paper (skip them at
 first), network, PMSN. This is the method. Views, samplers, the same hidden prior in three other
@@ -70,7 +71,7 @@ def power_law_prior(num_prototypes, exponent):
     """pi_k proportional to k^-exponent for k = 1..K. Exponent 0 is the uniform prior of MSN.
 
     Prototype 1 should get the largest share of the images, prototype 2 the second largest one, and
-    so on. Before training prototypes are interchangeable, so their numbers are arbitrary. Raises
+    so on. Before training, prototypes are interchangeable, so their numbers are arbitrary. Raises
     ValueError for a negative exponent, and for one so large that a share becomes 0.
     """
     check_at_least_0("exponent", exponent)
@@ -135,7 +136,7 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
     cross_entropy = -(p_target * log_p_views).sum(dim=-1).mean()
 
     # At a low temperature, the share of a prototype that no image comes near is rounded to 0, and
-    # log 0 is infinite. So a share of 0 is replaced by the smallest positive number.
+    # 0 * log 0 would be NaN. So in the logarithm 0 is replaced by the smallest positive number.
     log_p_bar = p_bar.clamp_min(torch.finfo(p_bar.dtype).tiny).log()
     prior_kl = (p_bar * (log_p_bar - log_prior)).sum()
 
@@ -148,7 +149,7 @@ def pmsn_loss(anchors, targets, prototypes, prior, *, temperature=0.1, sharpenin
         "effective_prototypes": torch.special.entr(p_bar.detach()).sum().exp(),
         # exp(mean H(p)) on this GPU: 1 if all predictions are certain. The entropy of a mean is at
         # least the mean of the entropies, and equal only if all predictions are the same. So a
-        # number as large as effective_prototypes means a collapse, too.
+        # number as large as effective_prototypes also means a collapse.
         "prototypes_per_view": torch.special.entr(p.detach()).sum(dim=-1).mean().exp(),
     }
 
@@ -244,8 +245,8 @@ def in_order_of(p_bar, log_prior):
     mini-batch even balanced clusters have unequal sizes by chance. Sorted, they look like a mild
     power law, and the KL does not push any more.
     """
-    ranks = p_bar.argsort().argsort()  # 0 for the smallest entry of p_bar
-    return log_prior.sort().values[ranks]
+    place = p_bar.argsort().argsort()  # how many entries of p_bar are smaller: (K,)
+    return log_prior.sort().values[place]
 
 
 # ---- Vision transformer (Dosovitskiy et al., 2021), with the parameter names of timm -------------
@@ -392,8 +393,8 @@ class PMSN(nn.Module):
     def update_target(self, ema_momentum):
         """target = m * target + (1 - m) * trained for all parameters, with m = ema_momentum.
 
-        The running statistics of BatchNorm are not averaged. As in MSN, the target head stays in
-        training mode and has the statistics of its own views.
+        As in MSN, the target head stays in training mode: its BatchNorm normalizes with the
+        statistics of the target views. Running statistics are not averaged.
         """
         move_target(self.target_encoder, self.encoder, ema_momentum)
         move_target(self.target_head, self.head, ema_momentum)
@@ -601,8 +602,8 @@ class ClassBatchSampler(torch.utils.data.Sampler):
 # Why do they prefer clusters of equal size? Let all images of a cluster have the same embedding,
 # and let clusters be far apart. A cluster with the share s has s * B images.
 #   SimCLR: the uniformity of an image is the log of a sum of exp(similarity) over the batch. Only
-#       the s * B images of its own cluster count, so it is log(s * B) + constant. The mean over all
-#       images is the sum over clusters of s * log s, + constant. It is smallest for equal s.
+#       the s * B images of its own cluster count, with equal terms, so it is log s + constant. The
+#       mean over all images is the sum over clusters of s * log s, which is smallest for equal s.
 #   VICReg wants a variance of 1 along every dimension. A dimension that tells two clusters apart
 #       varies most if each of them has half of the images.
 #   SwAV: the codes have equal shares, because Sinkhorn makes them.

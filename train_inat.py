@@ -1,7 +1,7 @@
 """PMSN on iNaturalist 2018 or on your own long-tailed images (paper, section 5.2).
 
 To be read after pmsn.py: the recipe of MSN, one epoch of training, and main. A first reading ends
-there. Data, files, figures and flags follow below, and everything else is in support/.
+with main. What it calls for data, files, figures and flags follows, and the rest is in support/.
 
     python train_inat.py --data PATH --checkpoint_activations   # one GPU, or a CPU
     torchrun --nproc_per_node 8 train_inat.py --data PATH       # eight GPUs of one machine
@@ -66,7 +66,7 @@ PRIORS = {
     "classes": lambda labels, args: pmsn.class_prior(torch.bincount(labels)),
 }
 # A run can be continued with other values of these flags. (The data may be in another place, but
-# the images must be the same: see `fingerprint`.)
+# the images must be the same: see `fingerprint`. With other --workers the random crops are others.)
 FREE_FLAGS = ("data", "list", "out", "workers", "eval_every", "compile", "checkpoint_activations")
 
 
@@ -112,7 +112,8 @@ def schedules(args, steps_per_epoch):
 
     steps = args.epochs * steps_per_epoch
     warmup = steps // 20
-    # As in MSN, schedules are made for 1.25 times the steps. So training ends before they do.
+    # As in MSN, schedules are made for 1.25 times the steps. So training ends before they do, with
+    # a learning rate above 0 and a target network that still moves.
     schedule_steps = 1.25 * steps
     step = np.arange(1, steps + 1)
     rising = args.lr * (0.2 + 0.8 * step / max(1, warmup))
@@ -125,7 +126,8 @@ def schedules(args, steps_per_epoch):
 
 # ---- Training ------------------------------------------------------------------------------------
 TERMS = ("loss", "cross_entropy", "prior_kl", "effective_prototypes", "prototypes_per_view")
-# The log has these five terms too. "eff." are effective prototypes, "view" prototypes per view.
+# The columns of the log. CE is the cross-entropy, KL prior_kl, "eff." effective_prototypes, and
+# "view" prototypes_per_view.
 HEADER = "   epoch     loss       CE       KL    eff.    view       lr  images/s  hours left"
 ROW = "{:8.2f} {:8.4f} {:8.4f} {:8.4f} {:7.1f} {:7.1f} {:8.1e} {:9.1f} {:11.2f}"
 
@@ -145,7 +147,7 @@ def train_one_epoch(model, network, loader, optimizer, schedule, epoch, color_op
     # As in MSN, the gradient of the prototypes is not clipped.
     clipped = [*model.encoder.parameters(), *model.head.parameters()]
     sums = torch.zeros(len(TERMS), device=device)
-    norms = torch.zeros((), device=device)  # only to see whether every gradient was finite
+    norms = torch.zeros((), device=device)  # only to see whether all gradients were finite
     mean_prediction = torch.zeros_like(model.prior)
     unreadable = set()
     start = last_print = time.monotonic()
@@ -153,7 +155,7 @@ def train_one_epoch(model, network, loader, optimizer, schedule, epoch, color_op
     # Crops are those of pmsn.multi_crop, collated. `index` (B,) are the numbers of the images, and
     # `readable` (B,) is False where a file could not be read, and the next image took its place.
     for i, (crops, index, readable) in enumerate(loader):
-        name_unreadable(loader.dataset, index[~readable], unreadable)  # More than 1% end the run.
+        name_unreadable(loader.dataset, index[~readable], unreadable)  # Over 1% end the run.
         step = (epoch - 1) * len(loader) + i
         lr, weight_decay, ema_momentum = schedule[step]
         for group in optimizer.param_groups:
@@ -254,8 +256,8 @@ def main(argv=None):
     resume(run)
 
     # A certain prediction gives a whole image to a prototype. So a prototype that should get less
-    # than one image per mini-batch cannot have its share while predictions are certain. (The rarest
-    # one of the paper's 1024 prototypes should get .75.)
+    # than one image per mini-batch cannot have its share while predictions are certain. (By default
+    # the rarest one should get .75 images of 1024.)
     expected = args.batch_size * prior  # images per mini-batch
     say(f"{len(paths)} images, {len(labels.unique())} classes, {world_size()} x {device.type}, "
         f"torch {torch.__version__}\n{args.prior} prior: {len(prior)} prototypes, "
@@ -270,8 +272,8 @@ def main(argv=None):
         # Everything random in this epoch follows from these two lines.
         torch.manual_seed(1_000_003 * args.seed + epoch * world_size() + rank())
         set_epoch(epoch)
-        # On CPUs anew in every epoch, only for the bits: DDP changes the order of its sums after
-        # its first step, and a restarted run would get other ones.
+        # DDP changes the order of its sums after its first step. On CPUs we make a new DDP in every
+        # epoch, so that a restarted run has the same bits as one without a restart.
         if world_size() > 1 and (epoch == first or not cuda):
             network = nn.parallel.DistributedDataParallel(model, [device] if cuda else None)
         terms, run.mean_prediction, row = train_one_epoch(
@@ -307,7 +309,7 @@ def checkpoint_activations(model):
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
 
 
-def compile_encoders(model, **options):
+def compile_encoders(model, **options):  # with other options in extras/benchmark.py
     # The compiler's own support of DDP fails on checkpointed blocks.
     torch._dynamo.config.optimize_ddp = False
     model.encoder.compile(dynamic=False, **options)
@@ -356,7 +358,7 @@ def find_settings(training, validation, args):
     settings["processes"] = world_size()
     settings["images"] = fingerprint(*training, args.data)
     settings["validation"] = None if validation is None else fingerprint(*validation, args.data)
-    # A process with other images would mix labels, and one with another --eval_every would let the
+    # A process with other images would mix labels, and one with another --eval_every would make the
     # others wait for ever.
     check_equal_on_all_processes({**settings, "eval_every": args.eval_every})
     return settings
