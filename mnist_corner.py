@@ -49,7 +49,7 @@ from support.figures import Figure, write_figure
 from support.images import IMAGE_ENDINGS, open_image
 from support.results import cell, number_of_seeds, run_or_continue, summarize
 from support.runs import (Distinct, Parser, UserError, available_cores, command, folder, load_file,
-                          number, say, write_whole)
+                          number, save_file, say)
 
 # What a network sees: the first row, the first column, and the pixels per side.
 DIGIT, BACKGROUND, WHOLE = (0, 0, 16), (16, 16, 16), (0, 0, SIZE)
@@ -240,9 +240,7 @@ def experiment(seed, long_tailed, args):
     records, pictures = [], {}
     for final in finals:
         exponent = final.exponent
-        weights = as_pmsn(final).state_dict()
-        write_whole(model_path(args.out, long_tailed, exponent, seed),
-                    lambda path: torch.save(weights, path))
+        save_file(as_pmsn(final).state_dict(), model_path(args.out, long_tailed, exponent, seed))
         results, features = measure(final, test, seen, queries)
         tries = {name: losses[exponent, name].tolist() for name in windows}
         results |= {f"{name}_loss": min(values) for name, values in tries.items()}
@@ -251,7 +249,7 @@ def experiment(seed, long_tailed, args):
         _, first = np.unique(test["digit"], return_index=True)  # an image of each digit
         _, nearest = nearest_neighbors(features[first[::2]], features, 9)
         pictures[exponent] = {what: test[what][nearest] for what in ("images", *LABELS)}
-    write_whole(pictures_path(args.out, long_tailed, seed), lambda path: torch.save(pictures, path))
+    save_file(pictures, pictures_path(args.out, long_tailed, seed))
     return records
 
 

@@ -50,8 +50,8 @@ from support.figures import POWER_LAW, Figure, write_figure
 from support.images import (Images, check_readable, decode, draw_noise, find_images, fingerprint,
                             name_unreadable)
 from support.runs import (Parser, UserError, available_cores, check_equal_on_all_processes, command,
-                          folder, load_checkpoint, lock_folder, number, rank, say, start_processes,
-                          world_size, write_whole)
+                          folder, load_checkpoint, lock_folder, number, rank, save_file, say,
+                          start_processes, world_size, write_whole)
 
 MODELS = {  # embed_dim, depth, num_heads
     "vit_micro": (96, 4, 3),
@@ -397,14 +397,14 @@ def save(run):
         state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
                  "history": run.history, "mean_prediction": run.mean_prediction,
                  "settings": run.settings}
-        write_whole(run.out / "checkpoint.pt", lambda path: torch.save(state, path))
+        save_file(state, run.out / "checkpoint.pt")
         save_outputs(run)
 
 
 def save_outputs(run):
     if rank() == 0:
         encoder = {name: x.cpu() for name, x in run.model.target_encoder.state_dict().items()}
-        write_whole(run.out / "encoder.pt", lambda path: torch.save(encoder, path))
+        save_file(encoder, run.out / "encoder.pt")
         lines = "".join(json.dumps(line) + "\n" for line in run.history)
         write_whole(run.out / "metrics.jsonl", lambda path: path.write_text(lines))
 

@@ -58,8 +58,9 @@ import pmsn
 from support.drawings import SIZE
 from support.evaluation import knn_predictions, linear_probe
 from support.figures import UNIFORM, Figure, write_figure
-from support.photographs import (load_splits, make_resnet, normalize_images, random_crops,
-                                 read_images, warmup_cosine)
+from support.images import normalize_images
+from support.photographs import (load_splits, make_resnet, random_crops, read_images,
+                                 warmup_cosine)
 from support.results import cell, number_of_seeds, run_or_continue, summarize
 from support.runs import Distinct, Parser, UserError, available_cores, command, folder, number, say
 

@@ -39,7 +39,7 @@ from support.evaluation import purity
 from support.figures import Figure, write_figure
 from support.results import cell, number_of_seeds, run_or_continue, summarize
 from support.runs import (Distinct, Parser, UserError, available_cores, command, folder, load_file,
-                          number, say, write_whole)
+                          number, save_file, say)
 
 BATCH_SIZE = 128
 PRIORS = {EXPONENT: "power-law prior (PMSN)", 0.0: "uniform prior (MSN)"}  # by their exponents
@@ -215,8 +215,7 @@ def experiment(seed, exponent, args):
     model = load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     classifier = train_classifier(source, args.steps // 4)
     unet, loss = train_unet(model, source, args.steps, name=f"{seed:>4}{exponent:>9.2f}")
-    write_whole(args.out / f"unet_{exponent:g}_{seed}.pt",
-                lambda path: torch.save(unet.state_dict(), path))
+    save_file(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
 
     torch.manual_seed(seed)  # A saved U-Net draws the same again.
     prototypes = F.normalize(model.prototypes, dim=1)  # (10, DIM)
@@ -251,7 +250,7 @@ def experiment(seed, exponent, args):
     of_references = draw(unet, project(model, references), noise)
     pictures = {"shares": shares[order], "prototypes": draw(unet, prototypes[order], noise),
                 "images": torch.cat([references[:, None], of_references], dim=1)}
-    write_whole(pictures_path(args.out, exponent, seed), lambda path: torch.save(pictures, path))
+    save_file(pictures, pictures_path(args.out, exponent, seed))
     return [record]
 
 

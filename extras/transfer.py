@@ -49,7 +49,7 @@ from support.figures import Figure, write_figure
 from support.images import Images, center_crop, draw_noise, find_images
 from support.results import made_by, save_json
 from support.runs import (Parser, UserError, available_cores, command, folder, load_file,
-                          lock_folder, number, rank, say, start_processes, world_size, write_whole)
+                          lock_folder, number, rank, save_file, say, start_processes, world_size)
 
 NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of features of this dimension
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the linear probe
@@ -253,7 +253,7 @@ def compute(encoder, dataset, path, args, title):
     if rank() == 0:
         if not found[0].isfinite().all():
             raise UserError(f"{title}: there are features that are not finite")
-        write_whole(path, lambda temporary: torch.save(found, temporary))
+        save_file(found, path)
 
 
 def is_whole(path):
@@ -449,10 +449,10 @@ def load(args, names):
     for name, task, data in zip(names, args.task, args.data):
         read, layout = TASKS[task]
         try:
-            training, (test_images, test_labels) = read(data)
-            if len(test_labels) < 2:
+            training, test = read(data)
+            if len(test[1]) < 2:
                 raise ValueError("there are fewer than two test images")
-            tasks.append((name, task, data, training, (test_images, test_labels)))
+            tasks.append((name, task, data, training, test))
         except Exception as error:  # whatever a wrong folder can cause
             raise UserError(
                 f"--data {data} must have {layout} for {task}: {one_line(error)}") from error
@@ -469,7 +469,7 @@ def main(argv=None):
         draw_noise(args.data[0])
         torch.manual_seed(1)
         small = pmsn.VisionTransformer(32, 4, embed_dim=96, depth=2, num_heads=3).state_dict()
-        write_whole(Path(args.encoder[0]), lambda path: torch.save(small, path))
+        save_file(small, Path(args.encoder[0]))
     encoders, tasks = load(args, names)
     # All processes compute the features that are missing. Two tasks can have the same features.
     files, missing = {}, {}

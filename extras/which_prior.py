@@ -57,8 +57,9 @@ from support.drawings import (SIZE, background_view, digit_view, draw, draw_grat
                               make_pmsn, sample, schedule)
 from support.evaluation import agreement, knn_predictions, linear_probe
 from support.figures import Figure, write_figure
-from support.photographs import (load_splits, make_resnet, normalize_images, random_crops,
-                                 read_images, warmup_cosine)
+from support.images import normalize_images
+from support.photographs import (load_splits, make_resnet, random_crops, read_images,
+                                 warmup_cosine)
 from support.results import cell, number_of_seeds, run_or_continue, summarize
 from support.runs import Distinct, Parser, UserError, available_cores, command, folder, number, say
 

@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
-from torchvision.transforms import v2
 
 import pmsn
-from support.images import Images, center_crop, name_unreadable
+from support.images import Images, center_crop, name_unreadable, normalize_images
 from support.runs import UserError, from_first_process, rank, world_size
 
 
@@ -36,8 +35,7 @@ def extract(encoder, images, workers, watch=iter):
     encoder.eval()
     for crops, index, readable in watch(loader):
         name_unreadable(images, index[~readable], unreadable)
-        crops = v2.functional.to_dtype(crops.to(device), torch.float32, scale=True)
-        crops = v2.functional.normalize(crops, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
+        crops = normalize_images(crops.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             # This goes around torch.compile, which would compile again for these shapes.
             found = encoder.forward(crops)

@@ -19,6 +19,7 @@ from torchvision.datasets import FakeData
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+import pmsn
 from support.runs import UserError, say, warn, world_size
 
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")  # .jpg, .png and so on
@@ -240,6 +241,12 @@ def center_crop(image, size):
     square = v2.functional.center_crop(image, [min(image.shape[1:])])
     resized = v2.functional.resize(square, [round(size * 256 / 224)], antialias=True)
     return v2.functional.center_crop(resized, [size])
+
+
+def normalize_images(images):
+    """Images (N, 3, H, W), uint8 or in [0, 1], as an encoder expects them."""
+    images = v2.functional.to_dtype(images, torch.float32, scale=True)
+    return v2.functional.normalize(images, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
 
 
 class Images(Dataset):

@@ -63,12 +63,6 @@ def random_crops(images, area=(0.2, 1.0)):
     return crops.clamp(0, 1)  # Rounding could leave this range.
 
 
-def normalize_images(images):
-    """Images (N, 3, H, W), uint8 or in [0, 1], as an encoder expects them."""
-    images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(images, pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD)
-
-
 def make_resnet(norm=nn.BatchNorm2d):
     """A small ResNet, (B, 3, 32, 32) -> (B, 128). `norm` maps a number of channels to a layer."""
     def block(inputs, outputs):  # half as many positions per side

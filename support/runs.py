@@ -248,6 +248,11 @@ def write_whole(path, write):
         raise UserError(f"cannot write {path}, is the disk full? ({error})") from error
 
 
+def save_file(content, path):
+    """Write tensors and plain data, for `load_file`."""
+    write_whole(path, lambda temporary: torch.save(content, temporary))
+
+
 def load_file(path):
     """What torch.save has written. Raises ValueError if it was damaged since then."""
     if not os.path.isfile(path):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import pmsn
 from support.images import (Images, center_crop, check_readable, decode, draw_noise, find_images,
-                            fingerprint, name_unreadable, open_image)
+                            fingerprint, name_unreadable, normalize_images, open_image)
 from support.runs import UserError
 
 COUNTS = (24, 12, 8, 6)  # images per class
@@ -349,6 +350,14 @@ def test_every_error_has_the_path_and_the_reason(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=reason) as error:
             open_image(str(path))
         assert str(error.value).startswith(f"{path}: ")
+
+
+def test_images_are_normalized_by_a_numpy_formula():
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD))
+    expected = (images.numpy() / 255 - mean) / std
+    for given in (images, images / 255):
+        np.testing.assert_allclose(normalize_images(given), expected, atol=1e-5)
 
 
 def test_images_are_a_data_set(data):

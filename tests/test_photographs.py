@@ -11,7 +11,6 @@ from torchvision.transforms import v2
 
 import imbalance
 import mnist_corner
-import pmsn
 import which_prior
 from support import photographs
 
@@ -132,14 +131,6 @@ def test_crops_of_another_area_are_smaller():
     shown = (crops[:, 0, 16].amax(dim=1) - crops[:, 0, 16].amin(dim=1)) / 8 * 32 / 31  # pixels
     largest = 32 * (0.05 * 4 / 3) ** 0.5
     assert 0.95 * largest < shown.max() < largest + 0.01
-
-
-def test_images_are_normalized_by_a_numpy_formula():
-    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD))
-    expected = (images.numpy() / 255 - mean) / std
-    for given in (images, images / 255):
-        np.testing.assert_allclose(photographs.normalize_images(given), expected, atol=1e-5)
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def test_finished_jobs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="not a file of results: move it away"):
         run((3, "a"))
     path.rmdir()
-    for broken in ("old", "[" * 100_000, "{}", "[1]", '{"config": 3', '{"config": 3, "runs": [], "made_by": []}',
+    for broken in ("old", "[" * 100_000, "{}", "[1]", '{"config": 3',
+                   '{"config": 3, "runs": [], "made_by": []}',
                    '{"config": {}, "runs": [{"seed": 0}], "made_by": []}'):
         path.write_text(broken)
         with pytest.raises(UserError, match="not a file of results: move it away"):

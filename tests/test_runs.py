@@ -559,7 +559,8 @@ def test_a_checkpoint_is_that_of_the_first_process(tmp_path):
     ({"settings": {"lr": 0.1}}, "has other settings (images)"),  # a version without this flag
     ({"settings": {"lr": 0.1, "images": "x", "old": 1}}, "has other settings (old)"),
     ({"model": None, "weights": 1}, None),
-    ({"settings": 3}, "If it is damaged, or of another"), ({"settings": None}, "it has no settings"),
+    ({"settings": 3}, "If it is damaged, or of another"),
+    ({"settings": None}, "it has no settings"),
     ({"history": None}, "it has no history")])
 def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
     """In `change`, None leaves a part out."""

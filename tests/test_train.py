@@ -681,7 +681,8 @@ def test_a_damaged_checkpoint_is_refused(data, undisturbed, tmp_path):
     for damaged in (content[:5000], flipped, folder):
         (out / "checkpoint.pt").write_bytes(damaged)
         text = run(out, "--data", data, status=2)
-        assert "checkpoint.pt. If it is damaged, or of another version, delete it" in text.splitlines()[-1]
+        last = text.splitlines()[-1]
+        assert "checkpoint.pt. If it is damaged, or of another version, delete it" in last
 
 
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
