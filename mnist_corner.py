@@ -1,31 +1,31 @@
 """The corner experiment (paper, section 5.1 and figure 3): the prior decides what is encoded.
 
 Each image has a digit in one corner and a background, so images can be grouped in two ways. One of
-the two features is long-tailed, and the other one is balanced. The loss of PMSN prefers the feature
-whose frequencies are those of the prior: with a power-law prior the long-tailed one, and with the
-uniform prior (MSN) the balanced one. This holds whichever of the two features is the long-tailed
-one: in 12 of 12 runs here, and in 11 of 12 with the loss exactly as in the paper (--fixed_order).
+the two features is long-tailed, and the other one is balanced. PMSN with a power-law prior should
+group images by the long-tailed feature, and with the uniform prior (MSN) by the balanced one.
 
-    python mnist_corner.py              # synthetic data, no download, two minutes on two cores
-    python mnist_corner.py --quick      # the same with less training, less than a minute
-    python mnist_corner.py --curve --seeds 0 1 2     # seven priors, from uniform to steep
-    python mnist_corner.py --mnist      # MNIST over ten images of CIFAR-10 (torchvision loads them)
-    python mnist_corner.py --ordinary   # one network on whole images, which encodes both features
+    python mnist_corner.py              # synthetic data, no download, a minute on two cores
+    python mnist_corner.py --quick      # every step with too little training, in 15 seconds
+    python mnist_corner.py --curve --seeds 0 1 2     # five contrasts of the background
+    python mnist_corner.py --joint      # the encoder learns from the loss of PMSN alone
+    python mnist_corner.py --mnist      # MNIST over images of CIFAR-10 (torchvision loads them)
 
-For each prior we train two networks, from the same weights and on the same batches. One sees only a
-window with the digit, and the other one only a window with background. The loss says which of the
-two groupings it prefers, and this network goes on with whole images. The loss has local minima, as
-the objective of K-means has. So each network has 32 tries, as K-means has several initializations:
-32 heads with prototypes of their own on one encoder, of which the one with the lowest loss counts.
+1. An encoder learns from whole images by SimCLR, without labels, until it holds both features.
+2. For each prior, 96 heads with prototypes of their own learn on this encoder by the loss of PMSN.
+   The loss has local minima, as the objective of K-means has, so there are many starts, and the
+   head with the lowest loss wins. What its prototypes tell about digit and background is the result.
+3. The winner teaches a new network from random weights, by the same loss: it gives the targets.
+   The new network learns only what the winner's predictions need. Figure 3 shows its neighbors.
 
-So the losses are the result. What the neighbors show in figure 3 follows from the window. An
-ordinary run on whole images does not show it: it encodes both features under both priors.
+Two things make the question fair. There are twice as many long-tailed classes as prototypes, so
+rare classes share prototypes, as in real data. And the two views of an image sometimes disagree
+(`CornerImages.view`): otherwise groups by a mixture of both features would have any sizes at no
+cost, and no prior would prefer a feature. `lowest_losses` computes this without a network.
 
-No label reaches the training. Ours, and not the paper's: windows and tries, the small encoder, no
-masking, and the prior in any order (`in_order_of` in pmsn.py). --mnist also takes a larger weight
-for the KL, and Sinkhorn.
---out gets results.json, neighbors.png (figure 3), the models, and but for --ordinary preference.png
-(the loss of every try).
+No label reaches the training. Ours, and not the paper's: the heads, SimCLR, a small encoder without
+masking, and the prior in any order (`in_order_of` in pmsn.py; --fixed_order turns it off).
+--out gets results.json, preference.png (all heads), neighbors.png (figure 3) and the models of
+step 3, and with --curve curve.png.
 """
 
 import copy
@@ -36,33 +36,36 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.transforms import v2
 
 import pmsn
-from support.drawings import (SIZE, WIDTHS, background_view, digit_view, draw_digits, draw_gratings,
+from support.drawings import (SIZE, background_view, digit_view, draw_digits, draw_gratings,
                               make_encoder, make_head, make_pmsn, sample, schedule, shrink)
-from support.evaluation import agreement, nearest_neighbors, purity
-from support.figures import Figure, write_figure
+from support.evaluation import agreement, other_neighbors
+from support.figures import POWER_LAW, UNIFORM, Figure, write_figure
 from support.images import IMAGE_ENDINGS, open_image
-from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.results import cell, interval, number_of_seeds, run_or_continue, summarize
 from support.runs import (Distinct, Parser, UserError, available_cores, command, folder, load_file,
                           number, save_file, say)
 
-# What a network sees: the first row, the first column, and the pixels per side.
-DIGIT, BACKGROUND, WHOLE = (0, 0, 16), (16, 16, 16), (0, 0, SIZE)
 LABELS = ("digit", "background")
-LINES = {"exact": ("exact grouping", ":"), "lowest": ("best grouping found", "-")}
-EXPONENT = 1.0  # of the long-tailed feature, and of the power-law prior
-CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # the exponents of --curve
-BATCH_SIZE, DIM = 256, 32  # images per batch, dimension of the embeddings
+EXPONENT = 1.25  # of the long-tailed feature, and of the power-law prior
+PRIORS = {0.0: ("uniform prior", UNIFORM), EXPONENT: ("power-law prior", POWER_LAW)}
+CLASSES = 10  # of the long-tailed feature
+NUM_PROTOTYPES = 5  # and classes of the balanced feature
+DISAGREE = 0.05  # how often a view shows another digit, and how often another background
+CURVE = (0.25, 0.35, 0.45, 0.6, 0.8)  # the contrasts of --curve
+BATCH_SIZE, DIM = 256, 8  # images per batch, dimension of the embeddings
+CACHED_VIEWS = 4  # of each image, for the heads
+COLUMNS = {"loss": "loss", "digit": "on digit (nats)", "background": "on background",
+           "share_of_digit_heads": "heads with digit", "best_digit_loss": "best such head",
+           "best_background_loss": "best other head"}
 # Settings that depend on the data. `deform` is how much a digit is deformed in each view, and
 # `contrast` is the contrast of the backgrounds, both from 0 to 1.
-SYNTHETIC = {"deform": 0.3, "contrast": 0.8, "images": 15360, "epochs": 6, "loss_options": {}}
-MNIST = {"deform": 0.05, "contrast": 1.0, "images": 30720, "epochs": 6,
-         "loss_options": {"prior_weight": 3.0, "sinkhorn_iterations": 3}}
+SYNTHETIC = {"deform": 0.15, "contrast": 0.4, "images": 15360, "epochs": (3, 12, 3), "heads": 96}
+MNIST = {**SYNTHETIC, "deform": 0.05, "contrast": 1.0}
 
 
 # ---- Data: gray images (N, 1, h, w) and labels (N,) ----------------------------------------------
@@ -72,7 +75,7 @@ def load_digits(args):
         splits = [torchvision.datasets.MNIST(args.root, train, download=True)
                   for train in (True, False)]
         return [(shrink(split.data[:, None] / 255), split.targets) for split in splits]
-    # Only one font: groups of letters in different fonts would have sizes that fit any prior.
+    # Only one font: groups of digits in different fonts would have sizes that fit any prior.
     return [draw_digits("DejaVuSans")] * 2
 
 
@@ -86,7 +89,7 @@ def load_backgrounds(args):
         else:
             data = torchvision.datasets.CIFAR10(args.root, transform=gray, download=True)
         labels, first = np.unique(data.targets, return_index=True)
-        if len(labels) != 10:
+        if len(labels) != CLASSES:
             raise RuntimeError(f"--backgrounds needs ten folders of images, got {len(labels)}")
         images = torch.stack([data[i][0] for i in first]).float()
         std, mean = torch.std_mean(images, dim=(2, 3), keepdim=True)
@@ -94,175 +97,237 @@ def load_backgrounds(args):
     return draw_gratings()
 
 
-def make_view(digits, backgrounds, settings):
-    """Digits in a black square over backgrounds, randomly changed: (B, 1, 32, 32) in about [-1, 1].
+class CornerImages:
+    """Random images. Each is a pair of indices, of its digit and of its background: (N, 2)."""
+    def __init__(self, args, long_tailed, settings, test=False):
+        digits, digit_labels = load_digits(args)[int(test)]
+        backgrounds = load_backgrounds(args)
+        self.images = digits, backgrounds
+        self.labels = digit_labels, torch.arange(CLASSES)
+        self.exponents = [class_exponent(feature, long_tailed) for feature in LABELS]
+        self.settings = settings
 
-    The square hides the background.
-    """
-    images = 0.5 + settings["contrast"] * (background_view(backgrounds) - 0.5)
-    crop(images, DIGIT)[:] = digit_view(digits, settings["deform"])
-    return 2 * (images + 0.05 * torch.randn_like(images)) - 1
+    def draw(self, count, balanced=False):
+        """Random pairs. Class k of the long-tailed feature has a share proportional to k^-1.25.
 
+        The other feature has only the first five classes, with equal frequencies.
+        """
+        columns = []
+        for labels, exponent in zip(self.labels, self.exponents):
+            known, = torch.where(labels < (CLASSES if exponent else NUM_PROTOTYPES))
+            index = sample(labels[known], 0.0 if balanced else exponent, count)
+            columns.append(known[index])
+        return torch.stack(columns, dim=1)
 
-def crop(images, window):
-    row, column, size = window
-    return images[:, :, row : row + size, column : column + size]
+    def view(self, pairs):
+        """A random view of each image, (N, 2) -> (N, 1, 32, 32) in about [-1, 1].
 
+        A view shows another digit than its image with the probability 5%, and another background
+        with 5%, as crops of photographs sometimes miss the object. So a network that groups images
+        by both features pays for the disagreements of both.
+        """
+        replaced = torch.rand(pairs.shape) < DISAGREE
+        return self.render(torch.where(replaced, self.draw(len(pairs)), pairs))
 
-# ---- Model ---------------------------------------------------------------------------------------
-class WindowPMSN(nn.Module):
-    """PMSN on one window of the images. Each try has its own head and prototypes.
+    def render(self, pairs):
+        """Digits in a black square over backgrounds, randomly deformed. The square is opaque."""
+        digits, backgrounds = (images[index] for images, index in zip(self.images, pairs.T))
+        images = 0.5 + self.settings["contrast"] * (background_view(backgrounds) - 0.5)
+        images[:, :, :16, :16] = digit_view(digits, self.settings["deform"])
+        return 2 * (images + 0.05 * torch.randn_like(images)) - 1
 
-    The tries share the encoder, so they cost little. But they are less independent than networks.
-    """
-    def __init__(self, window, exponent, tries):
-        super().__init__()
-        self.window, self.exponent = window, exponent
-        self.network = nn.Sequential(make_encoder(window[2]), make_head(tries * DIM))
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.prototypes = nn.Parameter(torch.empty(tries, 10, DIM).uniform_(-1, 1))
-        self.prior = pmsn.power_law_prior(10, exponent)
-
-    def forward(self, views, **loss_options):
-        """A target view and an anchor view (B, 1, 32, 32) -> the loss of every try (tries,)."""
-        target_view, anchor_view = (crop(view, self.window) for view in views)
-        anchors = self.network(anchor_view).unflatten(1, (-1, DIM))  # (B, tries, DIM)
-        with torch.no_grad():
-            targets = self.target(target_view).unflatten(1, (-1, DIM))
-        loss = functools.partial(pmsn.pmsn_loss, prior=self.prior, **loss_options)
-        # vmap computes the losses of all tries at once.
-        losses, _ = torch.vmap(loss, in_dims=(1, 1, 0))(anchors, targets, self.prototypes)
-        return losses
-
-
-@torch.no_grad()
-def widen(model, best):
-    """The best try of a model, for whole images. At first it computes exactly the same."""
-    row, column, size = model.window
-    whole = WindowPMSN(WHOLE, model.exponent, tries=1)
-    entries = slice(best * DIM, (best + 1) * DIM)
-    for old, new in ((model.network, whole.network), (model.target, whole.target)):
-        (old_encoder, old_head), (new_encoder, new_head) = old, new
-        new_encoder[:-1].load_state_dict(old_encoder[:-1].state_dict())
-        weight = old_encoder[-1].weight  # (128, 64 * positions)
-        if size < SIZE:
-            positions = torch.zeros(128, WIDTHS[-1], 3, 3)  # 0 at the eight new positions
-            positions[:, :, row // 8, column // 8] = weight
-            weight = positions.flatten(1)
-        new_encoder[-1].weight.copy_(weight)
-        new_encoder[-1].bias.copy_(old_encoder[-1].bias)
-        new_head[0].weight.copy_(old_head[0].weight[entries])
-        new_head[0].bias.copy_(old_head[0].bias[entries])
-        new_head[1].running_mean.copy_(old_head[1].running_mean[entries])
-        new_head[1].running_var.copy_(old_head[1].running_var[entries])
-    whole.prototypes.copy_(model.prototypes[best : best + 1])
-    return whole
-
-
-# ---- Training ------------------------------------------------------------------------------------
-def schedule_of_whole_images(done):
-    lr, _, _ = schedule(done)
-    return lr / 2, 0.25, 0.99
-
-
-def train(models, schedule_of, epochs, data, settings, title):
-    """Train all models on the same batches and views. Returns their losses in the last epoch."""
-    # `data` has (images, indices into them) of the digits and of the backgrounds, without labels.
-    steps_per_epoch = settings["images"] // BATCH_SIZE
-    optimizers = [torch.optim.AdamW(model.parameters(), weight_decay=0.05) for model in models]
-    began = time.monotonic()
-    for epoch in range(epochs):
-        losses = [torch.zeros(len(model.prototypes)) for model in models]  # (tries,) each
-        for step, batch in enumerate(torch.randperm(settings["images"]).split(BATCH_SIZE)):
-            done = (epoch + step / steps_per_epoch) / epochs  # from 0 to 1
-            lr, sharpening, ema_momentum = schedule_of(done)
-            images = [bank[index[batch]] for bank, index in data]
-            views = [make_view(*images, settings) for _ in range(2)]  # the target and one anchor
-
-            for model, optimizer, total in zip(models, optimizers, losses):
-                loss = model(views, sharpening=sharpening, **settings["loss_options"])  # (tries,)
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.zero_grad()
-                loss.sum().backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-                optimizer.step()
-                pmsn.move_target(model.target, model.network, ema_momentum)
-                total += loss.detach() / steps_per_epoch
-        left = (time.monotonic() - began) * (epochs / (epoch + 1) - 1)
-        lowest = "".join(f"{loss.min():>7.3f}" for loss in losses)
-        say(f"{title}{epoch + 1:>6}{left:>6.0f}s {lowest}")
-    return losses
-
-
-# ---- One experiment ------------------------------------------------------------------------------
-def experiment(seed, long_tailed, args):
-    """One seed, with all priors: its runs. The images of figure 3 go to a file."""
-    torch.set_num_threads(1)  # faster here, and the same bits for any number of processes
-    torch.manual_seed(seed)
-    settings = make_settings(args)
-    (digits, digit_labels), (test_digits, test_labels) = load_digits(args)
-    backgrounds, background_labels = load_backgrounds(args), torch.arange(10)
-    digit_index = sample(digit_labels, class_exponent("digit", long_tailed), settings["images"])
-    background_index = sample(background_labels, class_exponent("background", long_tailed),
-                              settings["images"])
-    data = [(digits, digit_index), (backgrounds, background_index)]
-
-    windows = {"whole": WHOLE} if args.ordinary else {"digit": DIGIT, "background": BACKGROUND}
-    models = {}
-    for exponent, name in itertools.product(args.exponents, windows):
-        torch.manual_seed(seed)  # Both windows and all priors get the same weights.
-        models[exponent, name] = WindowPMSN(windows[name], exponent, args.tries)
-    title = f"{seed:>4}{long_tailed:>12}"
-    losses = train(models.values(), schedule, settings["epochs"], data, settings,
-                   f"{title}   first")
-    losses = dict(zip(models, losses))
-    chosen, finals = {}, []
-    for exponent in args.exponents:
-        # The try with the lowest loss goes on, of all tries on both windows.
-        chosen[exponent] = min(windows, key=lambda name: losses[exponent, name].min())
-        best = exponent, chosen[exponent]
-        finals.append(widen(models[best], int(losses[best].argmin())))
-    torch.manual_seed(seed)  # whatever the number of priors
-    train(finals, schedule_of_whole_images, math.ceil(settings["epochs"] / 3), data, settings,
-          f"{title}  second")
-
-    torch.manual_seed(seed)
-    # The test images are balanced, so chance is .1 for both features.
-    index = sample(test_labels, 0.0, 2000)
-    background = sample(background_labels, 0.0, 2000)
-    test = {"images": make_view(test_digits[index], backgrounds[background], settings),
-            "digit": test_labels[index], "background": background}
-    # Prototypes were trained for long-tailed shares, so they are judged on images with these.
-    index, background = digit_index[:2000], background_index[:2000]
-    seen = {"images": make_view(digits[index], backgrounds[background], settings),
-            "digit": digit_labels[index], "background": background}
-    queries = None if args.mnist else draw_other_fonts(backgrounds, settings)
-    records, pictures = [], {}
-    for final in finals:
-        exponent = final.exponent
-        save_file(as_pmsn(final).state_dict(), model_path(args.out, long_tailed, exponent, seed))
-        results, features = measure(final, test, seen, queries)
-        tries = {name: losses[exponent, name].tolist() for name in windows}
-        results |= {f"{name}_loss": min(values) for name, values in tries.items()}
-        records.append({"seed": seed, "long_tailed": long_tailed, "exponent": exponent,
-                        "chosen": chosen[exponent], "results": results, "tries": tries})
-        _, first = np.unique(test["digit"], return_index=True)  # an image of each digit
-        _, nearest = nearest_neighbors(features[first[::2]], features, 9)
-        pictures[exponent] = {what: test[what][nearest] for what in ("images", *LABELS)}
-    save_file(pictures, pictures_path(args.out, long_tailed, seed))
-    return records
-
-
-def make_settings(args):
-    settings = dict(MNIST if args.mnist else SYNTHETIC)
-    settings["loss_options"] = {**settings["loss_options"], "any_order": not args.fixed_order}
-    if args.quick:
-        settings |= {"images": 7680, "epochs": 4}
-    return settings
+    def labels_of(self, pairs):
+        return dict(zip(LABELS, (labels[index] for labels, index in zip(self.labels, pairs.T))))
 
 
 def class_exponent(feature, long_tailed):
     return EXPONENT if feature == long_tailed else 0.0
+
+
+# ---- Model ---------------------------------------------------------------------------------------
+class Heads(nn.Module):
+    """PMSN with many heads on one encoder. Each head has prototypes of its own."""
+    def __init__(self, encoder, exponent, heads):
+        super().__init__()
+        self.network = nn.Sequential(encoder, make_head(heads * DIM))
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.prototypes = nn.Parameter(torch.empty(heads, NUM_PROTOTYPES, DIM).uniform_(-1, 1))
+        self.prior = pmsn.power_law_prior(NUM_PROTOTYPES, exponent)
+
+    def forward(self, target_view, anchor_view, **loss_options):
+        """Inputs of the encoder, (B, ...) each -> the loss of every head (heads,)."""
+        anchors = self.network(anchor_view).unflatten(1, (-1, DIM))  # (B, heads, DIM)
+        with torch.no_grad():
+            targets = self.target(target_view).unflatten(1, (-1, DIM))
+        loss = functools.partial(pmsn.pmsn_loss, prior=self.prior, **loss_options)
+        # vmap computes the losses of all heads at once.
+        losses, _ = torch.vmap(loss, in_dims=(1, 1, 0))(anchors, targets, self.prototypes)
+        return losses
+
+    @torch.no_grad()
+    def head(self, i):
+        """The target head i: (B, 128) -> (B, DIM)."""
+        _, (linear, norm) = self.target
+        head, entries = make_head(DIM), slice(i * DIM, (i + 1) * DIM)
+        head[0].weight.copy_(linear.weight[entries])
+        head[0].bias.copy_(linear.bias[entries])
+        head[1].running_mean.copy_(norm.running_mean[entries])
+        head[1].running_var.copy_(norm.running_var[entries])
+        return head.eval().requires_grad_(False)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def train(models, losses_of, epochs, num_images, title, lr_scale=1.0, after_step=None):
+    """Train models on the same batches. Returns the mean losses of each in the last epoch.
+
+    losses_of(batch, done) gives the loss or the losses of each model for the images with these
+    numbers, and after_step(model, done) follows each step, when this share of the training is done.
+    """
+    parameters = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    optimizers = [torch.optim.AdamW(each, weight_decay=0.05) for each in parameters]
+    steps_per_epoch = num_images // BATCH_SIZE
+    began = time.monotonic()
+    for epoch in range(epochs):
+        totals = [0.0 for _ in models]
+        for step, batch in enumerate(torch.randperm(num_images).split(BATCH_SIZE)):
+            done = (epoch + step / steps_per_epoch) / epochs  # from 0 to 1
+            for i, losses in enumerate(losses_of(batch, done)):
+                optimizers[i].param_groups[0]["lr"] = lr_scale * schedule(done)[0]
+                optimizers[i].zero_grad()
+                losses.sum().backward()
+                nn.utils.clip_grad_norm_(parameters[i], 3.0)
+                optimizers[i].step()
+                if after_step:
+                    after_step(models[i], done)
+                totals[i] += losses.detach() / steps_per_epoch
+        left = (time.monotonic() - began) * (epochs / (epoch + 1) - 1)
+        lowest = "".join(f"{losses.min():>7.3f}" for losses in totals)
+        say(f"{title}{epoch + 1:>6}{left:>6.0f}s {lowest}")
+    return totals
+
+
+def train_encoder(images, pairs, epochs, title):
+    """Step 1: an encoder by SimCLR, (B, 1, 32, 32) -> (B, 128)."""
+    encoder = make_encoder(SIZE).to(memory_format=torch.channels_last)  # faster on a CPU
+    network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, 64))
+
+    def losses_of(batch, done):
+        first, second = network(images.view(pairs[batch].repeat(2, 1))).chunk(2)
+        return [pmsn.simclr_loss(first, second, temperature=0.2)[0]]
+    train([network], losses_of, epochs, len(pairs), title)
+    return encoder.requires_grad_(False)
+
+
+def train_heads(models, two_views, epochs, num_images, title, any_order):
+    """Step 2: heads with prototypes by PMSN. two_views(batch) gives inputs of the encoders."""
+    def losses_of(batch, done):
+        views = two_views(batch)
+        # From soft targets on, so that the first clusters can still change.
+        sharpening = max(0.25, 1 - 1.5 * done)
+        return [model(*views, sharpening=sharpening, any_order=any_order) for model in models]
+
+    def after_step(model, done):
+        pmsn.move_target(model.target, model.network, schedule(done)[2])
+    return train(models, losses_of, epochs, num_images, title, 2.0, after_step)
+
+
+def teach(students, images, pairs, epochs, title, any_order):
+    """Step 3: each student is a new network. Its target network is a winner, which stays."""
+    def losses_of(batch, done):
+        views = [images.view(pairs[batch]) for _ in range(2)]
+        return [student(views, any_order=any_order)[0] for student in students]
+    train(students, losses_of, epochs, len(pairs), title)
+
+
+# ---- One experiment ------------------------------------------------------------------------------
+def experiment(part, *arguments):
+    """One job: ("networks", seed, long_tailed, contrast) or ("lowest_losses", disagree)."""
+    torch.set_num_threads(1)  # faster here, and the same bits for any number of processes
+    return {"networks": networks, "lowest_losses": lowest_losses}[part](*arguments)
+
+
+def networks(seed, long_tailed, contrast, args):
+    """One seed, with both priors: its runs. The images of figure 3 go to a file."""
+    torch.manual_seed(seed)
+    settings = {**make_settings(args), "contrast": contrast}
+    encoder_epochs, head_epochs, student_epochs = settings["epochs"]
+    any_order = not args.fixed_order
+    images = CornerImages(args, long_tailed, settings)
+    pairs = images.draw(settings["images"])
+    title = f"{seed:>4}{long_tailed:>12}{contrast:>10.2f}"
+
+    # Steps 1 and 2: an encoder, and many heads for each prior.
+    if args.joint:
+        def two_views(batch):
+            return [images.view(pairs[batch]) for _ in range(2)]
+    else:
+        encoder = train_encoder(images, pairs, encoder_epochs, f"{title}  encoder")
+        views = [torch.cat([encoder(images.view(part)) for part in pairs.split(512)])
+                 for _ in range(CACHED_VIEWS)]  # features (N, 128) of all images
+
+        def two_views(batch):
+            return [views[i][batch] for i in torch.randperm(CACHED_VIEWS)[:2]]
+    models = []
+    for exponent in PRIORS:
+        torch.manual_seed(seed)  # Both priors get the same weights.
+        first = make_encoder(SIZE) if args.joint else nn.Identity()
+        models.append(Heads(first, exponent, settings["heads"]))
+    losses = train_heads(models, two_views, head_epochs, len(pairs), f"{title}    heads", any_order)
+
+    # What the heads know. Prototypes were trained for long-tailed shares, so they are judged on
+    # images with these. For neighbors, all classes are equally frequent.
+    torch.manual_seed(seed)
+    test = CornerImages(args, long_tailed, settings, test=True)
+    seen, balanced = test.draw(4000), test.draw(2000, balanced=True)
+    seen, balanced = [(test.render(index), test.labels_of(index)) for index in (seen, balanced)]
+    runs, students = [], []
+    for model, exponent, loss in zip(models, PRIORS, losses):
+        if not args.joint:
+            model.target[0] = encoder  # in place of nn.Identity
+        heads, best = judge(model, loss, *seen), int(loss.argmin())
+        winner = model.target[0], model.head(best), model.prototypes[best].detach()
+        results = sum_up(heads) | neighbors("winner", represent(*winner, balanced[0]), balanced[1])
+        runs.append({"seed": seed, "long_tailed": long_tailed, "contrast": contrast,
+                     "exponent": exponent, "results": results, "heads": heads})
+        torch.manual_seed(seed)
+        students.append(make_student(*winner, exponent))
+    if args.joint or args.curve:
+        return runs
+
+    # Step 3 and figure 3.
+    teach(students, images, pairs, student_epochs, f"{title}  student", any_order)
+    torch.manual_seed(seed)
+    untrained = represent(make_encoder(SIZE), make_head(DIM), students[0].prototypes, balanced[0])
+    _, queries = np.unique(balanced[1]["digit"], return_index=True)
+    queries = torch.as_tensor(queries[:: len(queries) // 5])  # an image of each of five digits
+    pictures = {}
+    for student, run in zip(students, runs):
+        found = represent(student.encoder, student.head, student.prototypes, balanced[0])
+        run["results"] |= neighbors("student", found, balanced[1])
+        run["results"] |= neighbors("untrained", untrained, balanced[1])
+        nearest = other_neighbors(found["prediction"], queries, 8)
+        shown = torch.cat([queries[:, None], nearest], dim=1)  # (5, 9)
+        pictures[run["exponent"]] = {"images": balanced[0][shown], **{
+            what: labels[shown] for what, labels in balanced[1].items()}}
+        save_file(student.state_dict(), model_path(args.out, long_tailed, run["exponent"], seed))
+    save_file(pictures, pictures_path(args.out, long_tailed, seed))
+    return runs
+
+
+def make_settings(args):
+    settings = dict(MNIST if args.mnist else SYNTHETIC)
+    if args.quick:
+        settings |= {"images": 2560, "epochs": (2, 3, 2), "heads": 16}
+    return settings
+
+
+def make_student(encoder, head, prototypes, exponent):
+    """A new network as PMSN, whose target network and prototypes are those of a winner."""
+    new = make_encoder(SIZE).to(memory_format=torch.channels_last)
+    student = make_pmsn(new, NUM_PROTOTYPES, exponent, DIM)
+    student.target_encoder, student.target_head = encoder, head
+    student.prototypes = nn.Parameter(prototypes, requires_grad=False)
+    return student
 
 
 def model_path(folder, long_tailed, exponent, seed):
@@ -278,110 +343,112 @@ def load_pictures(folder, seed):
             for exponent, picture in load_file(pictures_path(folder, long_tailed, seed)).items()}
 
 
-def as_pmsn(final):
-    """The only try of a network on whole images, as a model of pmsn.py."""
-    model = make_pmsn(make_encoder(SIZE), 10, final.exponent, DIM)
-    model.encoder, model.head = final.network
-    model.target_encoder, model.target_head = final.target
-    model.prototypes = nn.Parameter(final.prototypes[0].detach())
-    return model
-
-
 # ---- Measures ------------------------------------------------------------------------------------
-def draw_other_fonts(backgrounds, settings):
-    """1,000 images with digits of two fonts that are not in the training, and their labels."""
-    glyphs, labels = zip(*[draw_digits(font) for font in ("DejaVuSerif", "STIXGeneral")])
-    glyphs = torch.cat(glyphs)
-    index = torch.arange(20).repeat(50)
-    backgrounds = backgrounds[torch.randint(10, index.shape)]
-    return make_view(glyphs[index], backgrounds, settings), torch.cat(labels)[index]
+@torch.no_grad()
+def judge(model, losses, images, labels):
+    """For each head: its loss, and what its prototypes tell about digit and background, in nats."""
+    projections = model.eval().target(images).unflatten(1, (-1, DIM))  # (N, heads, DIM)
+    heads = []
+    for i, loss in enumerate(losses.tolist()):
+        prototype = pmsn.cosine(projections[:, i], model.prototypes[i]).argmax(dim=1)
+        heads.append({"loss": loss, **{what: information(prototype, labels[what])
+                                       for what in LABELS}})
+    return heads
+
+
+def information(prototypes, labels):
+    """Mutual information of two integers per image, (N,) each, in nats. At most log(5) = 1.61."""
+    counts = torch.zeros(int(prototypes.max()) + 1, int(labels.max()) + 1, dtype=torch.float64)
+    counts.index_put_((prototypes, labels), counts.new_ones(()), accumulate=True)
+    joint = counts / counts.sum()
+    independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
+    return (torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum().item()
+
+
+def sum_up(heads):
+    """What the winner knows, and how many heads know more of each feature, and their best loss."""
+    winner = min(heads, key=lambda head: head["loss"])
+    digit_heads = [head["loss"] for head in heads if head["digit"] > head["background"]]
+    background_heads = [head["loss"] for head in heads if head["digit"] <= head["background"]]
+    return {"loss": winner["loss"], "digit": winner["digit"], "background": winner["background"],
+            "difference": winner["digit"] - winner["background"],
+            "share_of_digit_heads": len(digit_heads) / len(heads),
+            "best_digit_loss": min(digit_heads, default=math.nan),
+            "best_background_loss": min(background_heads, default=math.nan)}
 
 
 @torch.no_grad()
-def measure(final, test, seen, queries):
-    """What encoder, projection and prototypes know, and the features (N, 128) of test images."""
-    encoder, head = final.target.eval()
-    features = encoder(test["images"])
-    prototype = pmsn.cosine(head(encoder(seen["images"])), final.prototypes[0]).argmax(dim=1)
-    results = {}
-    for what in LABELS:
-        results[f"same_{what}"] = agreement(features, test[what])
-        results[f"projection_{what}"] = agreement(head(features), test[what])
-        results[f"prototype_{what}"] = purity(prototype, seen[what])
-    if queries:
-        images, labels = queries
-        _, nearest = nearest_neighbors(encoder(images), features, 10)
-        results["other_font"] = (test["digit"][nearest] == labels[:, None]).float().mean().item()
-    return results, features
+def represent(encoder, head, prototypes, images):
+    """What a network gives for images: features (N, 128), projections (N, 8), predictions (N, 5)."""
+    features = encoder.eval()(images)
+    projections = head.eval()(features)
+    return {"encoder": features, "projection": projections,
+            "prediction": pmsn.log_predictions(projections, prototypes, temperature=0.1).exp()}
+
+
+def neighbors(whose, representations, labels):
+    """The shares of the 10 nearest neighbors with the same digit, and the same background."""
+    return {f"{whose}_{name}_{what}": agreement(representation, labels[what])
+            for name, representation in representations.items() for what in LABELS}
 
 
 # ---- What a loss could be at best ----------------------------------------------------------------
-def reference_losses(of_classes, of_prior, any_order):
-    """Losses of a network that knows the class of each image, without any training of a network.
+def lowest_losses(disagree, args):
+    """The lowest losses that we find for groupings by one feature or both, without a network.
 
-    `of_classes` and `of_prior` are the exponents of the ten classes and of the prior. "exact" is
-    the grouping in which each class has its own prototype. "lowest" is the best one that we find:
-    it can give a frequent class several prototypes, and put rare classes together.
+    We search by gradient descent over tables that give each class, or each pair of classes, any
+    logits. Nothing is learned here. `disagree` is the probability that a view shows another class.
     """
+    long_tailed = two_views_of(pmsn.power_law_prior(CLASSES, EXPONENT), disagree)  # (10, 10)
+    balanced = two_views_of(pmsn.power_law_prior(NUM_PROTOTYPES, 0.0), disagree)  # (5, 5)
+    groupings = {"long_tailed": long_tailed, "balanced": balanced,
+                 "both": torch.kron(long_tailed, balanced)}  # (50, 50)
+    return [{"disagree": disagree, "exponent": exponent, "results": {
+                 name: find_grouping(two_views, pmsn.power_law_prior(NUM_PROTOTYPES, exponent))
+                 for name, two_views in groupings.items()}}
+            for exponent in PRIORS]
+
+
+def two_views_of(shares, disagree):
+    """The probability that two views of an image show the classes i and j: (n,) -> (n, n)."""
+    n = len(shares)
+    shows = (1 - disagree) * torch.eye(n) + disagree * shares.expand(n, n)  # class of image, of view
+    return shows.T @ (shares[:, None] * shows)
+
+
+def find_grouping(two_views, prior, tables=40, steps=400):
+    """The lowest loss of tables (n, K) of logits, of gradient descent from 40 random tables."""
     torch.manual_seed(0)
-    shares, prior = (pmsn.power_law_prior(10, exponent) for exponent in (of_classes, of_prior))
-    # The shares of the classes in 400 batches, which are not exactly those of the data.
-    batches = shares.multinomial(400 * BATCH_SIZE, replacement=True).view(400, -1)
-    batches = F.one_hot(batches).float().mean(dim=1)  # (400, 10)
-    exact = loss_of_grouping(100 * torch.eye(10), batches, prior, any_order).item()
-    found = loss_of_grouping(find_grouping(shares, prior), batches, prior, any_order).item()
-    return {"exact": exact, "lowest": min(exact, found)}
-
-
-def loss_of_grouping(table, batches, prior, any_order=True, sharpening=0.25):
-    """The mean loss over batches (n, classes) if an image of class c has the logits table[c]."""
-    log_p = table.log_softmax(dim=1)  # (classes, K)
-    p_target = pmsn.sharpen(log_p, sharpening).exp().detach()
-    p_bar = batches @ log_p.exp()  # (n, K)
-    log_prior = prior.log()
-    if any_order:
-        log_prior = pmsn.in_order_of(p_bar, log_prior)  # for each batch
-    cross_entropy = batches @ -(p_target * log_p).sum(dim=1)
-    prior_kl = (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum(dim=1)
-    return (cross_entropy + prior_kl).mean()
-
-
-def find_grouping(shares, prior, tries=100, steps=400):
-    """A grouping of classes with these shares with a low loss: logits (classes, K).
-
-    We search by gradient descent from many random tables. Nothing is learned here, and every table
-    is possible. So a window that shows nothing but the class can hardly have a lower loss.
-    """
-    tables = (3 * torch.randn(tries, 10, 10)).requires_grad_()
-    optimizer = torch.optim.Adam([tables], lr=0.05)
+    logits = (3 * torch.randn(tables, len(two_views), len(prior))).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
     for step in range(steps):
-        sharpening = max(0.25, 1 - 1.5 * step / steps)  # from soft targets on, as in `schedule`
-        loss = functools.partial(loss_of_grouping, batches=shares[None], prior=prior,
+        sharpening = max(0.25, 1 - 1.5 * step / steps)  # as for the heads
+        loss = functools.partial(loss_of_table, two_views=two_views, prior=prior,
                                  sharpening=sharpening)
-        losses = torch.vmap(loss)(tables)
+        losses = torch.vmap(loss)(logits)
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
-    best = tables[losses.argmin()].detach()
-    # Number the prototypes as the prior does, for the loss without `any_order`.
-    p_bar = shares @ best.softmax(dim=1)
-    return best[:, p_bar.argsort(descending=True)]
+    return losses.min().item()
+
+
+def loss_of_table(logits, two_views, prior, sharpening=0.25):
+    """The loss of PMSN if a view of class i has the logits of row i: (n, K) -> one number."""
+    log_p = logits.log_softmax(dim=1)  # (n, K)
+    p_target = pmsn.sharpen(log_p, sharpening).exp().detach()
+    p_bar = two_views.sum(dim=1) @ log_p.exp()  # (K,)
+    cross_entropy = -(two_views * (p_target @ log_p.T)).sum()
+    log_prior = pmsn.in_order_of(p_bar, prior.log())
+    return cross_entropy + (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum()
 
 
 # ---- Figures -------------------------------------------------------------------------------------
-def should_choose(long_tailed, exponent):
-    """The feature that matches the prior."""
-    balanced = "background" if long_tailed == "digit" else "digit"
-    return long_tailed if exponent else balanced
-
-
-def plot_neighbors(pictures, summary):
+def plot_neighbors(pictures, runs):
     """Figure 3, two by two: which feature is long-tailed, and which prior."""
     figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    matches = 0
-    for row, long_tailed in zip(axes, LABELS):
-        for ax, exponent in zip(row, (0.0, EXPONENT)):
+    summary = summarize(runs, key=lambda run: (run["long_tailed"], run["exponent"]))
+    for row, long_tailed in zip(figure.subplots(2, 2), LABELS):
+        for ax, (exponent, (name, _)) in zip(row, PRIORS.items()):
             shown, found = pictures[long_tailed, exponent], summary[long_tailed, exponent]
             same = {what: (shown[what] == shown[what][:, :1]).numpy() for what in LABELS}  # (5, 9)
             # Frames of 3 pixels: above in green for the same digit, below in blue for the same
@@ -393,59 +460,95 @@ def plot_neighbors(pictures, summary):
             tiles[..., 3:-3, 3:-3, :] = shown["images"][:, :, 0, :, :, None].clamp(-1, 1) / 2 + 0.5
             ax.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape(190, 342, 3))
             ax.set_axis_off()
-            shares = {what: found[f"same_{what}"]["mean"] for what in LABELS}
-            encoded = [what for what, share in shares.items() if share > 0.5]
-            matches += encoded == [should_choose(long_tailed, exponent)]
-            losses = [f"{what} {found[f'{what}_loss']['mean']:.3f}" for what in LABELS
-                      if f"{what}_loss" in found]
-            ax.set_title(
-                f"long-tailed {long_tailed}s, {'power-law' if exponent else 'uniform'} prior\n"
-                + (f"loss of the windows: {', '.join(losses)}\n" if losses else "")
-                + f"neighbors: same digit {shares['digit']:.2f}, "
-                f"same background {shares['background']:.2f}")
-    figure.suptitle(f"In {matches} of 4 panels, more than half of the neighbors share the feature "
-                    "whose frequencies are those of the prior,\n"
-                    "and less than half share the other one (by chance: 0.10)")
-    figure.supxlabel("Each row: an image (black frame) and its nearest neighbors, last seed (green "
-                     "above: same digit, blue below: same background).\n"
-                     f"Numbers: means over n = {number_of_seeds(summary)} seeds")
+            shares = [f"same {what} {found[f'student_prediction_{what}']['mean']:.2f}"
+                      for what in LABELS]
+            ax.set_title(f"long-tailed {long_tailed}s, {name}\nneighbors: {', '.join(shares)}")
+    figure.suptitle("Neighbors share the feature whose frequencies are those of the prior")
+    figure.supxlabel("Each row: an image (black frame) and its nearest neighbors by the prediction "
+                     "of the new network, last seed\n(green above: same digit, blue below: same "
+                     f"background). Numbers: means over n = {number_of_seeds(summary)} seeds")
     return figure
 
 
-def plot_preference(records, references):
-    """The loss of every try on both windows, and the reference losses."""
-    exponents = sorted({record["exponent"] for record in records})
-    figure = Figure(figsize=(6.5 + len(exponents), 6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    wins = []
-    for ax, long_tailed in zip(axes, LABELS):
-        panel = [record for record in records if record["long_tailed"] == long_tailed]
-        for feature, color, shift in zip(LABELS, ("#3d9e4d", "#3063bf"), (-0.17, 0.17)):
-            for place, exponent in enumerate(exponents):
-                tries = [loss for record in panel if record["exponent"] == exponent
-                         for loss in record["tries"][feature]]
-                places = place + shift + np.linspace(-0.12, 0.12, len(tries))
-                ax.plot(places, tries, ".", color=color, alpha=0.5,
-                        label="" if place else f"window with the {feature}: one dot per try")
-                arm = class_exponent(feature, long_tailed), exponent
-                for name, loss in references.get(arm, {}).items():
-                    text, style = LINES[name]
-                    ax.hlines(loss, place + shift - 0.16, place + shift + 0.16, color, style,
-                              label="" if place else f"{text}, by the {feature}")
-        wins += [record["chosen"] == should_choose(long_tailed, record["exponent"])
-                 for record in panel if record["exponent"] in (0, EXPONENT)]
-        ax.set_xticks(range(len(exponents)), [f"{exponent:g}" for exponent in exponents])
-        ax.set(title=f"long-tailed {long_tailed}s, balanced {should_choose(long_tailed, 0.0)}s",
-               xlabel="exponent of the prior (0: uniform)")
-    axes[0].set_ylim(-0.01)
-    axes[0].set_ylabel("loss (nats)")
-    handles, labels = axes[0].get_legend_handles_labels()
+def plot_preference(runs, references):
+    """The loss of every head against what its prototypes tell, and the winners."""
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for ax, long_tailed in zip(figure.subplots(1, 2, sharey=True), LABELS):
+        for exponent, (name, color) in PRIORS.items():
+            heads = [head for run in of_arm(runs, long_tailed, exponent) for head in run["heads"]]
+            winners = [run["results"] for run in of_arm(runs, long_tailed, exponent)]
+            ax.plot([head["digit"] - head["background"] for head in heads],
+                    [head["loss"] for head in heads], ".", color=color, alpha=0.25, markersize=4)
+            ax.plot([winner["difference"] for winner in winners],
+                    [winner["loss"] for winner in winners], "*", color=color, markersize=15,
+                    markeredgecolor="black", label=f"{name}: the winner of each seed")
+            for row in references:
+                if row["disagree"] and row["exponent"] == exponent:
+                    # Groupings by the digit alone are at the right, by the background at the left.
+                    for grouping, side in (("long_tailed", 1), ("balanced", -1)):
+                        side *= 1 if long_tailed == "digit" else -1
+                        ax.hlines(row["results"][grouping], 0.9 * side, 1.7 * side, color, ":",
+                                  label=f"{name}: the lowest that a search without a network finds"
+                                  if side > 0 else None)
+        ax.axvline(0, color="gray", linewidth=0.8)
+        ax.set(title=f"long-tailed {long_tailed}s, balanced {should_win(long_tailed, 0.0)}s",
+               xlabel="information of the prototypes on the digit minus on the background (nats)")
+    figure.axes[0].set_ylabel("loss of a head (nats)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    seeds = len({record["seed"] for record in records})
-    figure.suptitle(f"{sum(wins)} of {len(wins)} times (n = {seeds} seeds), the best of all tries "
-                    "sees the long-tailed feature\nunder the power law (exponent "
-                    f"{EXPONENT:g}), and the balanced one under the uniform prior")
+    right, seeds = [is_right(run) for run in runs], len({run["seed"] for run in runs})
+    figure.suptitle(f"The head with the lowest loss groups by the feature that fits the prior in "
+                    f"{sum(right)} of {len(right)} cases (n = {seeds} seeds)\n"
+                    "One dot per head. Left: groups by the background, right: groups by the digit")
     return figure
+
+
+def plot_curve(runs):
+    """What the winner groups by, for several contrasts of the background."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    contrasts = sorted({run["contrast"] for run in runs})
+    for ax, long_tailed in zip(figure.subplots(1, 2, sharey=True), LABELS):
+        for exponent, (name, color) in PRIORS.items():
+            values = [[run["results"]["difference"] for run in of_arm(runs, long_tailed, exponent)
+                       if run["contrast"] == contrast] for contrast in contrasts]
+            means, halves = zip(*map(interval, values))
+            ax.errorbar(contrasts, means, halves, fmt="o-", capsize=4, color=color, label=name)
+        ax.axhline(0, color="gray", linewidth=0.8)
+        ax.set(title=f"long-tailed {long_tailed}s, balanced {should_win(long_tailed, 0.0)}s",
+               xlabel="contrast of the background", ylim=(-1.9, 1.9))
+    figure.axes[0].set_ylabel("information of the winner on the digit\nminus on the background (nats)")
+    figure.axes[0].legend()
+    figure.suptitle("The easier a feature is to see, the more often it wins. The prior moves this "
+                    f"curve\n(means and 95% intervals, n = {len({run['seed'] for run in runs})} seeds)")
+    return figure
+
+
+def of_arm(runs, long_tailed, exponent):
+    return [run for run in runs
+            if (run["long_tailed"], run["exponent"]) == (long_tailed, exponent)]
+
+
+def should_win(long_tailed, exponent):
+    """The feature whose frequencies are those of the prior."""
+    balanced = "background" if long_tailed == "digit" else "digit"
+    return long_tailed if exponent else balanced
+
+
+def is_right(run):
+    """If the winner knows more of the feature whose frequencies are those of the prior."""
+    knows = "digit" if run["results"]["difference"] > 0 else "background"
+    return knows == should_win(run["long_tailed"], run["exponent"])
+
+
+def interactions(runs, exponent):
+    """How far the winner moves to the digit when it becomes the long-tailed feature, per seed.
+
+    In nats, between -3.2 and 3.2. Without any preference for frequencies it is 0.
+    """
+    digit, background = (
+        {run["seed"]: run["results"]["difference"] for run in of_arm(runs, long_tailed, exponent)}
+        for long_tailed in LABELS)
+    return [digit[seed] - background[seed] for seed in digit]
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -459,18 +562,15 @@ def main(argv=None):
     add("--out", type=folder, default="runs/corner", help="folder for results and figures")
     add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", action=Distinct, default=[0],
         help="one run each")
-    add("--curve", action="store_true", help="seven priors instead of two")
-    add("--ordinary", action="store_true", help="one network with one try, on whole images")
-    add("--tries", type=number(int, 1, 1000), default=32, help="heads and prototypes per network")
+    add("--curve", action="store_true", help="five contrasts of the background, without figure 3")
+    add("--joint", action="store_true",
+        help="no SimCLR: each prior trains its encoder and heads together, without figure 3")
     add("--fixed_order", action="store_true", help="share k for prototype k, as in the paper")
     add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
-    add("--quick", action="store_true", help="fewer images and epochs, in less than a minute")
+    add("--quick", action="store_true", help="fewer images, epochs and heads, in 15 seconds")
     args = parser.parse_args(argv)
-    if args.ordinary:
-        args.tries = 1
     if args.backgrounds and not args.mnist:
         parser.error("--backgrounds is for --mnist")
-    args.exponents = CURVE if args.curve else (0.0, EXPONENT)
     try:
         load_digits(args)  # Data sets are loaded from the network here, and once.
         load_backgrounds(args)
@@ -478,44 +578,42 @@ def main(argv=None):
         raise UserError(f"cannot load the data: {error}") from error
 
     settings = make_settings(args)
-    jobs = list(itertools.product(args.seeds, LABELS))
-    references = {}
-    if not args.mnist and not args.ordinary:  # They are for classes that a network knows exactly.
-        references = {arm: reference_losses(*arm, not args.fixed_order)
-                      for arm in itertools.product((EXPONENT, 0.0), args.exponents)}
+    contrasts = CURVE if args.curve else (settings.pop("contrast"),)
     config = {name: value for name, value in vars(args).items()
-              if name not in ("out", "seeds", "workers")}
-    config |= settings
-    # Rounded, so that another machine can continue the run.
-    config["references"] = [
-        {"of_classes": of_classes, "of_prior": of_prior,
-         **{name: round(loss, 4) for name, loss in losses.items()}}
-        for (of_classes, of_prior), losses in references.items()]
-    windows = "the whole image" if args.ordinary else "the digit's and the background's window"
-    say(f"Lowest loss of each network, for the priors {', '.join(map(str, args.exponents))}.\n"
-        f"First part: {windows}, for each prior. Second part: the winner for each prior\n"
-        "seed long-tailed    part epoch   left   losses")
-    records = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
+              if name not in ("out", "seeds", "workers")} | settings
+    jobs = [("networks", *job) for job in itertools.product(args.seeds, LABELS, contrasts)]
+    jobs += [("lowest_losses", disagree) for disagree in (0.0, DISAGREE)]
+    say("Lowest loss in an epoch. Encoder: one network for both priors. Heads and student: "
+        + ", ".join(name for name, _ in PRIORS.values())
+        + "\nseed long-tailed  contrast     part epoch   left   losses")
+    found = run_or_continue(experiment, jobs, args, config, args.out / "results.json")
+    references = [run for run in found if "disagree" in run]
+    runs = [run for run in found if "seed" in run]
 
-    summary = summarize(records, key=lambda record: (record["long_tailed"], record["exponent"]))
-    say(f"\nmean ± std over n = {len(args.seeds)} seeds")
-    columns = [column for column in (
-        "digit_loss", "background_loss", "whole_loss", "same_digit", "same_background",
-        "prototype_digit", "prototype_background", "other_font")
-        if any(column in row for row in summary.values())]
-    say("long-tailed prior" + "".join(f"{column:>21}" for column in columns))
-    for (long_tailed, exponent), row in summary.items():
-        say(f"{long_tailed:>11}{exponent:>6.2f}"
-            + "".join(f"{cell(row, column):>21}" for column in columns))
-    if references:
-        say("\nWhat a loss could be\nclasses prior   exact grouping   lowest that we find")
-    for (of_classes, of_prior), losses in references.items():
-        say(f"{of_classes:>7.2f}{of_prior:>6.2f}{losses['exact']:>17.3f}"
-            f"{losses['lowest']:>22.3f}")
-    write_figure(args.out / "neighbors.png", lambda: plot_neighbors(
-        load_pictures(args.out, args.seeds[-1]), summary))
-    if not args.ordinary:
-        write_figure(args.out / "preference.png", plot_preference, records, references)
+    say("\nThe lowest losses that we find without a network, for groups by one feature or both\n"
+        "views disagree prior  long-tailed  balanced      both")
+    for row in references:
+        say(f"{row['disagree']:>14.0%}{row['exponent']:>6.2f}"
+            + "".join(f"{loss:>11.3f}" for loss in row["results"].values()))
+    summary = summarize(runs, lambda run: (run["long_tailed"], run["exponent"], run["contrast"]))
+    say(f"\nThe winners: mean ± 95% interval over n = {len(args.seeds)} seeds\n"
+        "long-tailed prior contrast" + "".join(f"{title:>19}" for title in COLUMNS.values()))
+    for (long_tailed, exponent, contrast), row in summary.items():
+        say(f"{long_tailed:>11}{exponent:>6.2f}{contrast:>9.2f}"
+            + "".join(f"{cell(row, name, 'interval'):>19}" for name in COLUMNS))
+    say(f"The winner has the feature that fits the prior: {sum(map(is_right, runs))} of {len(runs)}")
+
+    if args.curve:
+        write_figure(args.out / "curve.png", plot_curve, runs)
+    else:
+        for exponent, (name, _) in PRIORS.items():
+            mean, half = interval(interactions(runs, exponent))
+            say(f"{name}: when the digit is the long-tailed feature, and not the background, the "
+                f"winner moves {mean:+.2f} ± {half:.2f} nats to the digit")
+        write_figure(args.out / "preference.png", plot_preference, runs, references)
+    if not args.curve and not args.joint:
+        write_figure(args.out / "neighbors.png", lambda: plot_neighbors(
+            load_pictures(args.out, args.seeds[-1]), runs))
     say(f"results.json and the figures are in {args.out}")
 
 

@@ -21,8 +21,9 @@ from PIL.PngImagePlugin import PngInfo
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent / "extras")]
 import imbalance
+import mnist_corner
 import which_prior
-from support.results import cell, summarize
+from support.results import cell, interval, summarize
 
 READMES = [FOLDER.parent / name
            for name in ("README.md", "extras/README.md", "extras/CONTROLS.md")]
@@ -30,6 +31,8 @@ READMES = [FOLDER.parent / name
 FIGURES = {
     "kmeans": {"kmeans.png": "kmeans.png", "hidden_prior.png": "hidden_prior.png"},
     "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
+    "corner_curve": {"curve.png": "corner_curve.png"},
+    "corner_joint": {"preference.png": "corner_joint.png"},
     "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
     "photographs": {"which_prior.png": "photographs.png"},
     "letters": {"which_prior.png": "letters.png"},
@@ -68,13 +71,13 @@ def take(name, run):
 PRIORS = {None: "", 0.0: "uniform", 1.0: "power law"}
 
 
-def table_of(runs, by, columns):
+def table_of(runs, by, columns, spread="std"):
     """A row per group of runs with the same values of `by`, and a column per result.
 
-    `by` and `columns` are {name in the file: name in the table}.
+    `by` and `columns` are {name in the file: name in the table}. For `spread` see `cell`.
     """
     summary = summarize(runs, key=lambda run: tuple(run[name] for name in by))
-    rows = [[*map(str, group), *(cell(row, name) for name in columns)]
+    rows = [[*map(str, group), *(cell(row, name, spread) for name in columns)]
             for group, row in summary.items()]
     return markdown([*by.values(), *columns.values()], rows)
 
@@ -107,57 +110,66 @@ def kmeans_shares(name):
     runs = [run for run in content["runs"] if "loss" in run]
     return table_of([*runs, prior], {"loss": "loss"}, columns)
 
+# What a winner of the corner knows, by the columns of a table.
+WINNER = {"digit": "information on digit (nats)", "background": "... on background"}
 CORNER = {"long_tailed": "long-tailed", "exponent": "prior"}
-WITH_CHOICE = {**CORNER, "chosen": "the lower loss has the"}  # another row if a seed chose another
-LOSSES = {"digit_loss": "loss of the digit's window", "background_loss": "... of the background's"}
 
 
-def corner(name):
-    return table_of(with_priors_named(load(name)["runs"]), WITH_CHOICE, LOSSES)
+def corner_runs(name):
+    """The runs with networks, without the lowest losses that need none."""
+    return [run for run in load(name)["runs"] if "seed" in run]
 
 
-def corner_neighbors(name):
-    columns = {"same_digit": "same digit", "same_background": "same background",
-               "prototype_digit": "purity, digit", "prototype_background": "purity, background",
-               "other_font": "same digit, other fonts"}
-    return table_of(with_priors_named(load(name)["runs"]), CORNER, columns)
+def corner(*names):
+    """A row per file and prior: what the winners know, and how the long-tailed feature moves it."""
+    titles = {"corner": "as above", "corner_fixed_order": "`--fixed_order`",
+              "corner_joint": "`--joint`", "corner_joint_fixed_order": "`--joint --fixed_order`",
+              "corner_mnist": "`--mnist`"}
+    rows = []
+    for name in names:
+        runs = corner_runs(name)
+        summary = summarize(runs, key=lambda run: (run["long_tailed"], run["exponent"]))
+        for exponent in sorted({run["exponent"] for run in runs}):
+            arm = [run for run in runs if run["exponent"] == exponent]
+            known = [f"{summary[which, exponent]['digit']['mean']:.2f} and "
+                     f"{summary[which, exponent]['background']['mean']:.2f}"
+                     for which in mnist_corner.LABELS]
+            mean, half = interval(mnist_corner.interactions(runs, exponent))
+            rows.append([*[titles[name]] * (len(names) > 1), PRIORS[exponent], *known,
+                         f"{mean:+.2f} ± {half:.2f}",
+                         f"{sum(map(mnist_corner.is_right, arm))} of {len(arm)}"])
+    return markdown([*["run"] * (len(names) > 1), "prior", "digits long-tailed: nats on digit and "
+                     "background", "backgrounds long-tailed", "difference (95% interval)",
+                     "feature that fits the prior"], rows)
+
+
+def corner_heads(name):
+    columns = {"loss": "loss of the winner", **WINNER,
+               "share_of_digit_heads": "heads that know more of the digit",
+               "best_digit_loss": "best loss of these", "best_background_loss": "of the others"}
+    return table_of(with_priors_named(corner_runs(name)), CORNER, columns, "interval")
 
 
 def corner_bounds(name):
     """What the losses could be, without any network."""
-    classes = {0.0: "balanced", 1.0: "long-tailed"}
     return markdown(
-        ["classes", "prior", "loss of the exact grouping", "lowest that a search finds"],
-        [[classes[row["of_classes"]], PRIORS[row["of_prior"]], f"{row['exact']:.3f}",
-          f"{row['lowest']:.3f}"] for row in load(name)["config"]["references"]])
+        ["views disagree", "prior", "by the long-tailed feature", "by the balanced feature",
+         "by both"],
+        [[f"{run['disagree']:.0%}", PRIORS[run["exponent"]],
+          *(f"{loss:.3f}" for loss in run["results"].values())]
+         for run in load(name)["runs"] if "disagree" in run])
 
 
-def corner_ingredients(*names):
-    rows = []
-    titles = ("any order, 32 tries", "`--fixed_order`", "`--tries 1`")
-    for name, title in zip(names, titles, strict=True):
-        runs = load(name)["runs"]
-        right = [(run["chosen"] == run["long_tailed"]) == (run["exponent"] > 0) for run in runs]
-        steep = summarize([run for run in runs if run["exponent"]],
-                          key=lambda run: run["long_tailed"])
-        rows.append([title, *(cell(steep[which], loss) for which in ("digit", "background")
-                              for loss in LOSSES), f"{sum(right)} of {len(right)}"])
-    header = [f"{which} long-tailed: {loss}" for which in ("digits", "backgrounds")
-              for loss in ("digit", "background")]
-    return markdown(["", *header, "right choices"], rows)
-
-
-def corner_ordinary(name):
-    columns = {"same_digit": "encoder: same digit", "same_background": "same background",
-               "projection_digit": "projection: same digit",
-               "projection_background": "same background", "prototype_digit": "purity, digit",
-               "prototype_background": "purity, background", "whole_loss": "loss"}
-    return table_of(with_priors_named(load(name)["runs"]), CORNER, columns)
-
-
-def corner_mnist(name):
-    columns = {**LOSSES, "same_digit": "same digit", "same_background": "same background"}
-    return table_of(with_priors_named(load(name)["runs"]), WITH_CHOICE, columns)
+def corner_neighbors(name):
+    columns = {f"{whose}_{what}_{feature}": f"{title}, {feature}"
+               for whose, what, title in (
+                   ("winner", "encoder", "encoder of SimCLR"),
+                   ("winner", "prediction", "winner's prediction"),
+                   ("student", "encoder", "new network: encoder"),
+                   ("student", "projection", "projection"), ("student", "prediction", "prediction"),
+                   ("untrained", "encoder", "untrained encoder"))
+               for feature in mnist_corner.LABELS}
+    return table_of(with_priors_named(corner_runs(name)), CORNER, columns, "interval")
 
 
 def rcdm(name):
@@ -304,11 +316,12 @@ TABLES = {
     "kmeans": (kmeans, ["kmeans"]),
     "kmeans_shares": (kmeans_shares, ["kmeans"]),
     "corner": (corner, ["corner"]),
+    "corner_variants": (corner, ["corner", "corner_fixed_order", "corner_joint",
+                                 "corner_joint_fixed_order"]),
     "corner_bounds": (corner_bounds, ["corner"]),
+    "corner_heads": (corner_heads, ["corner"]),
     "corner_neighbors": (corner_neighbors, ["corner"]),
-    "corner_ingredients": (corner_ingredients, ["corner", "corner_fixed_order", "corner_one_try"]),
-    "corner_ordinary": (corner_ordinary, ["corner_ordinary"]),
-    "corner_mnist": (corner_mnist, ["corner_mnist"]),
+    "corner_mnist": (corner, ["corner_mnist"]),
     "rcdm": (rcdm, ["rcdm"]),
     "photographs": (
         lambda name: accuracies(name, {**ACCURACIES, **PREDICTIONS}), ["photographs"]),

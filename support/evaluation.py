@@ -146,8 +146,20 @@ def agreement(features, labels):
 
     With fewer images, all others are neighbors. There must be at least two.
     """
-    _, nearest = nearest_neighbors(features, features, min(11, len(features)))
-    return (labels[nearest[:, 1:]] == labels[:, None]).float().mean().item()
+    everyone = torch.arange(len(features), device=features.device)
+    nearest = other_neighbors(features, everyone, min(10, len(features) - 1))
+    return (labels[nearest] == labels[:, None]).float().mean().item()
+
+
+def other_neighbors(features, rows, k):
+    """Indices (Q, k) of the rows of features (N, d) that are most similar to the Q given `rows`.
+
+    A row is no neighbor of itself, also among rows that are equal to it.
+    """
+    _, nearest = nearest_neighbors(features[rows], features, k + 1)
+    itself = nearest == rows[:, None]
+    itself[~itself.any(dim=1), -1] = True  # More than k other rows are as similar.
+    return nearest[~itself].view(len(rows), k)
 
 
 # ---- Logistic regression -------------------------------------------------------------------------

@@ -138,9 +138,10 @@ def save_json(content, path):
 
 # ---- Tables --------------------------------------------------------------------------------------
 def summarize(runs, key):
-    """{key(run): {"n": number of seeds, name of a result: {"mean": mean, "std": spread}}}.
+    """{key(run): {"n": number of seeds, name: {"mean": mean, "std": spread, "interval": half}}}.
 
-    A result that is missing for one of the seeds is left out. The spread of one seed is NaN.
+    A result that is missing for one of the seeds is left out. The spread of one seed is NaN, and so
+    is its interval (see `interval`).
     """
     groups, summary = {}, {}
     for run in runs:
@@ -151,8 +152,24 @@ def summarize(runs, key):
             if all(name in result for result in results):
                 values = [result[name] for result in results]
                 spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-                row[name] = {"mean": np.mean(values), "std": spread}
+                mean, half = interval(values)
+                row[name] = {"mean": mean, "std": spread, "interval": half}
     return summary
+
+
+def interval(values):
+    """The mean of independent values, and half of its 95% interval by Student's t distribution.
+
+    With one value the interval is NaN.
+    """
+    n = len(values)
+    if n < 2:
+        return np.mean(values), math.nan
+    # The 97.5% quantiles of t with 1, 2 ... degrees of freedom. Later ones are near 1.96 + 2.5 / n.
+    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+                 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+    t = quantiles[n - 2] if n - 2 < len(quantiles) else 1.96 + 2.5 / (n - 1)
+    return np.mean(values), t * np.std(values, ddof=1) / math.sqrt(n)
 
 
 def number_of_seeds(summary):
@@ -160,11 +177,14 @@ def number_of_seeds(summary):
     return next(iter(summary.values()))["n"]
 
 
-def cell(row, name):
-    """A result in a table, or a dash if `summarize` has left it out. One seed has no spread."""
+def cell(row, name, spread="std"):
+    """A result in a table, or a dash if `summarize` has left it out. One seed has no spread.
+
+    `spread` is "std" or "interval".
+    """
     if name not in row:
         return "-"
-    mean, std = row[name]["mean"], row[name]["std"]
+    mean, std = row[name]["mean"], row[name][spread]
     digits = 3 if abs(mean) < 10 else 1
     mean = round(float(mean), digits) + 0.0  # not -0.000
     return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import pmsn
 from support import evaluation
 from support.evaluation import (agreement, extract, knn_predictions, linear_probe,
-                                logistic_regression, nearest_neighbors, purity)
+                                logistic_regression, nearest_neighbors, other_neighbors, purity)
 from support.images import Images, center_crop, find_images
 from support.runs import UserError
 from test_images import draw, reader
@@ -218,6 +218,20 @@ def test_labels_may_have_any_integer_dtype(dtype, classify):
 def test_blocks_have_64_mib_and_at_least_one_row():
     assert evaluation.rows_per_block(8142) == 64 * 2**20 // (4 * 8142)
     assert evaluation.rows_per_block(2**24) == evaluation.rows_per_block(10**9) == 1
+
+
+def test_an_image_is_no_neighbor_of_itself_among_equal_images():
+    """20 rows of one direction, 3 of another one, and one that is alone. All others are equal."""
+    features = torch.tensor(20 * [[1.0, 0]] + 3 * [[0.0, 1]] + [[-1.0, 0.1]])
+    rows = torch.tensor([0, 7, 19, 20, 22, 23])
+    found = other_neighbors(features, rows, 2)
+    assert found.shape == (6, 2)
+    for row, neighbors in zip(rows.tolist(), found.tolist()):
+        assert row not in neighbors and len(set(neighbors)) == 2
+        group = range(20) if row < 20 else range(20, 23)  # The last row is near the second group.
+        assert set(neighbors) <= set(group)
+    # Each label of the first group is there once, so no neighbor has the label of its image.
+    assert agreement(features[:20], torch.arange(20)) == 0
 
 
 def test_agreement_against_numpy():
