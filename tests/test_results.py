@@ -14,8 +14,10 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from support import results
 from support.runs import UserError, write_whole
@@ -228,11 +230,30 @@ def test_means_and_spreads_leave_out_what_is_missing_for_a_seed():
     runs = [{"exponent": 1.0, "results": results.finite(x)} for x in (both, one)]
     runs.append({"exponent": 0.0, "results": {"digit": 5.0}})
     summary = results.summarize(runs, key=lambda run: run["exponent"])
-    assert summary[1.0] == {"n": 2, "digit": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
-    assert summary[0.0]["n"] == 1 and math.isnan(summary[0.0]["digit"]["std"])
+    assert summary[1.0] == {"n": 2, "digit": {"mean": 2.0, "std": pytest.approx(2**0.5),
+                                              "interval": pytest.approx(12.706)}}
+    assert summary[0.0]["n"] == 1
+    assert all(math.isnan(summary[0.0]["digit"][name]) for name in ("std", "interval"))
     assert results.number_of_seeds(summary) == 2
     assert results.cell(summary[1.0], "digit") == "2.000 ± 1.414"
+    assert results.cell(summary[1.0], "digit", "interval") == "2.000 ± 12.706"
     assert results.cell(summary[1.0], "background") == "-"
+    assert results.cell(summary[1.0], "background", "interval") == "-"
     assert results.cell(summary[0.0], "digit") == "5.000"
+    assert results.cell(summary[0.0], "digit", "interval") == "5.000"
     assert results.cell({"x": {"mean": -0.0004, "std": 0.01}}, "x") == "0.000 ± 0.010"
     assert results.cell({"x": {"mean": 44.26, "std": 1.04}}, "x") == "44.3 ± 1.0"
+
+
+@pytest.mark.parametrize("n", range(2, 61))
+def test_interval_against_scipy(n):
+    values = np.random.default_rng(n).normal(5, 3, n)
+    mean, half = results.interval(list(values))
+    low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+    assert mean == pytest.approx((low + high) / 2)
+    assert half == pytest.approx((high - low) / 2, rel=1e-3)
+
+
+def test_the_interval_of_one_value_is_unknown():
+    mean, half = results.interval([3.0])
+    assert mean == 3 and math.isnan(half)
