@@ -578,7 +578,8 @@ def main(argv=None):
         raise UserError(f"cannot load the data: {error}") from error
 
     settings = make_settings(args)
-    contrasts = CURVE if args.curve else (settings.pop("contrast"),)
+    contrast = settings.pop("contrast")  # Each job has its own.
+    contrasts = CURVE if args.curve else (contrast,)
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "seeds", "workers")} | settings
     jobs = [("networks", *job) for job in itertools.product(args.seeds, LABELS, contrasts)]
@@ -608,8 +609,9 @@ def main(argv=None):
     else:
         for exponent, (name, _) in PRIORS.items():
             mean, half = interval(interactions(runs, exponent))
+            spread = "" if math.isnan(half) else f" ± {half:.2f}"
             say(f"{name}: when the digit is the long-tailed feature, and not the background, the "
-                f"winner moves {mean:+.2f} ± {half:.2f} nats to the digit")
+                f"winner moves {mean:+.2f}{spread} nats to the digit")
         write_figure(args.out / "preference.png", plot_preference, runs, references)
     if not args.curve and not args.joint:
         write_figure(args.out / "neighbors.png", lambda: plot_neighbors(
