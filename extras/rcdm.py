@@ -3,18 +3,19 @@
 RCDM (Bordes et al., 2022) is a diffusion model that draws images for a given representation. We
 draw many images for one prototype. What they share is what the prototype stands for, and what
 differs between them is what it leaves open. The images and the models are those of mnist_corner.py
-with long-tailed digits: with the power-law prior a prototype should stand for a digit, and with the
+with long-tailed digits: with the power-law prior a prototype should stand for digits, and with the
 uniform prior for a background.
 
     python extras/rcdm.py               # two models, a diffusion model for each: 15 to 45 minutes
     python extras/rcdm.py --quick       # every step, with too little data, in half a minute
     python extras/rcdm.py --models runs/corner      # models that mnist_corner.py has trained
 
-The diffusion model sees images like the ones that PMSN has seen, with their projections by PMSN's
-target network, scaled to length 1. It sees no label. Prototypes live in the same space, so
-afterwards a prototype can take the place of a projection.
+A model is the new network of step 3 there, which has learned what its prototypes need. The
+diffusion model sees images like the ones that this network has seen, with its projections, scaled
+to length 1. It sees no label. Prototypes live in the same space, so afterwards a prototype can take
+the place of a projection.
 Not in the paper: a small U-Net, flow matching, and noise on the projections (see `add_noise`).
---out gets rcdm.png, rcdm_images.png (samples of real images), rcdm.json, and the trained models.
+--out gets rcdm.png, rcdm.json, and the trained models.
 """
 
 import itertools
@@ -33,7 +34,7 @@ from torch import nn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mnist_corner
-from mnist_corner import DIM, EXPONENT, LABELS, model_path
+from mnist_corner import CLASSES, DIM, EXPONENT, LABELS, NUM_PROTOTYPES, model_path
 from support import drawings
 from support.evaluation import purity
 from support.figures import Figure, write_figure
@@ -42,6 +43,7 @@ from support.runs import (Distinct, Parser, UserError, available_cores, command,
                           number, save_file, say)
 
 BATCH_SIZE = 128
+SIMILAR = 100  # images whose projections are the most similar ones to a prototype
 PRIORS = {EXPONENT: "power-law prior (PMSN)", 0.0: "uniform prior (MSN)"}  # by their exponents
 
 
@@ -130,14 +132,16 @@ def draw(unet, projections, noise):
 # ---- PMSN and its images -------------------------------------------------------------------------
 def load_pmsn(path, exponent):
     """A model of mnist_corner.py."""
-    model = drawings.make_pmsn(drawings.make_encoder(drawings.SIZE), 10, exponent, DIM)
+    encoder = drawings.make_encoder(drawings.SIZE)
+    model = drawings.make_pmsn(encoder, NUM_PROTOTYPES, exponent, DIM)
     model.load_state_dict(load_file(path))
     return model.eval().requires_grad_(False)
 
 
 def project(model, images):
-    """Projections (N, DIM) of images by the target network, with length 1."""
-    parts = [model.target_head(model.target_encoder(part)) for part in images.split(1000)]
+    """Projections (N, DIM) of images, with length 1, by the network that the winner has taught."""
+    # Not by the target network: this is the winner, whose encoder SimCLR has trained.
+    parts = [model.head(model.encoder(part)) for part in images.split(1000)]
     return F.normalize(torch.cat(parts), dim=1)
 
 
@@ -149,30 +153,27 @@ def add_noise(projections, length=0.5):
     return F.normalize(projections + noise, dim=1)
 
 
-class CornerImages:
-    """Random images of mnist_corner.py, (N, 1, 32, 32), with labels."""
-    def __init__(self, corner):
-        self.settings = mnist_corner.make_settings(corner)
-        self.train_digits, self.test_digits = mnist_corner.load_digits(corner)
-        self.backgrounds = mnist_corner.load_backgrounds(corner)
+def load_images(corner, test=False):
+    """The source of the images, for these settings of mnist_corner.py."""
+    args = SimpleNamespace(**corner)
+    return mnist_corner.CornerImages(args, "digit", mnist_corner.make_settings(args), test)
 
-    def batch(self, count, exponent, test=False):
-        digits, labels = self.test_digits if test else self.train_digits
-        index = drawings.sample(labels, exponent, count)
-        kinds = torch.randint(len(self.backgrounds), (count,))
-        images = mnist_corner.make_view(digits[index], self.backgrounds[kinds], self.settings)
-        return images, {"digit": labels[index], "background": kinds}
+
+def draw_images(source, count, balanced=False):
+    """Random images (count, 1, 32, 32) with labels. Each shows its own digit and background."""
+    pairs = source.draw(count, balanced)
+    return source.render(pairs), source.labels_of(pairs)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def train_classifier(source, steps):
-    """A supervised network for digit and background: (B, 1, 32, 32) -> (B, 2, 10)."""
-    network = nn.Sequential(drawings.make_encoder(32), nn.GELU(),
-                            nn.Linear(128, 2 * 10), nn.Unflatten(1, (2, -1)))
+    """A supervised network for digit and background: (B, 1, 32, 32) -> (B, 2, CLASSES)."""
+    network = nn.Sequential(drawings.make_encoder(drawings.SIZE), nn.GELU(),
+                            nn.Linear(128, 2 * CLASSES), nn.Unflatten(1, (2, -1)))
     optimizer = torch.optim.AdamW(network.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-        images, labels = source.batch(256, exponent=0.0)
+        images, labels = draw_images(source, 256, balanced=True)
         outputs = network(images)
         loss = sum(F.cross_entropy(outputs[:, i], labels[what]) for i, what in enumerate(LABELS))
         optimizer.zero_grad()
@@ -189,7 +190,7 @@ def train_unet(model, source, steps, name):
     began, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 100) * (1 - step / (steps + 1))
-        images = source.batch(BATCH_SIZE, EXPONENT)[0].to(device)
+        images = draw_images(source, BATCH_SIZE)[0].to(device)
         projections = add_noise(project(model, images))
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = flow_loss(unet, images, projections)
@@ -208,28 +209,34 @@ def train_unet(model, source, steps, name):
 
 # ---- One experiment ------------------------------------------------------------------------------
 def experiment(seed, exponent, args):
-    """Draw the prototypes of one PMSN. Returns its run. The images for figures go to a file."""
+    """Draw the prototypes of one PMSN. Returns its run. The images of the figure go to a file."""
     torch.set_num_threads(1)  # faster here, because the runs are side by side
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
-    source = CornerImages(SimpleNamespace(**args.corner))
+    source, test_source = (load_images(args.corner, test) for test in (False, True))
     model = load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     classifier = train_classifier(source, args.steps // 4)
     unet, loss = train_unet(model, source, args.steps, name=f"{seed:>4}{exponent:>9.2f}")
     save_file(unet.state_dict(), args.out / f"unet_{exponent:g}_{seed}.pt")
 
     torch.manual_seed(seed)  # A saved U-Net draws the same again.
-    prototypes = F.normalize(model.prototypes, dim=1)  # (10, DIM)
-    images, labels = source.batch(10_000, EXPONENT)  # as in training
-    cosines, groups = (project(model, images) @ prototypes.T).max(dim=1)
-    shares = groups.bincount(minlength=10) / len(groups)  # of the images, (10,)
-    noise = torch.randn(10, args.samples, 1, 32, 32)
+    prototypes = F.normalize(model.prototypes, dim=1)  # (K, DIM)
+    numbers = torch.arange(len(prototypes))
+    images, labels = draw_images(source, 10_000)  # as in training
+    cosines = project(model, images) @ prototypes.T  # (10,000, K)
+    highest, groups = cosines.max(dim=1)
+    shares = groups.bincount(minlength=len(prototypes)) / len(groups)  # of the images, (K,)
+    # The images most similar to a prototype can share more than all of its images do. Samples are
+    # drawn for the place of the prototype itself, so they can share this, too.
+    similar = cosines.topk(SIMILAR, dim=0).indices.T.flatten()  # (K * SIMILAR,)
+    similar_to = numbers.repeat_interleave(SIMILAR)
+    noise = torch.randn(len(prototypes), args.samples, 1, 32, 32)
     samples = draw(unet, prototypes, noise).flatten(0, 1)
-    drawn_from = torch.arange(10).repeat_interleave(args.samples)
-    _, nearest = (project(model, samples) @ prototypes.T).max(dim=1)
-    faithful = (nearest == drawn_from).float().view(10, -1).mean(dim=1)  # (10,)
-    test_images, test_labels = source.batch(2000, exponent=0.0, test=True)
+    drawn_from = numbers.repeat_interleave(args.samples)
+    nearest = (project(model, samples) @ prototypes.T).argmax(dim=1)
+    faithful = (nearest == drawn_from).float().view(-1, args.samples).mean(dim=1)  # (K,)
+    test_images, test_labels = draw_images(test_source, 2000, balanced=True)
 
-    results = {"loss": loss, "cosine": cosines.mean().item()}
+    results = {"loss": loss, "cosine": highest.mean().item()}
     # The share of samples whose nearest prototype is the one from which they were drawn.
     results["faithfulness"] = (shares @ faithful).item()
     found, test_found = classify(classifier, samples), classify(classifier, test_images)
@@ -238,18 +245,16 @@ def experiment(seed, exponent, args):
         results[f"{what}_of_samples"] = purity(drawn_from, found[what], shares)
         results[f"{what}_by_chance"] = purity(drawn_from, chance, shares)
         results[f"{what}_of_images"] = purity(groups, labels[what], shares)
+        results[f"{what}_of_nearest"] = purity(similar_to, labels[what][similar], shares)
         right = test_found[what] == test_labels[what]
         results[f"{what}_accuracy"] = right.float().mean().item()
     record = {"seed": seed, "exponent": exponent, "results": results,
               "shares": shares.tolist()}
 
-    # In the figures all rows get the same noise, so that one sees what the prototype changes.
-    noise = noise[:1, :8]
+    # In the figure all rows get the same noise, so that one sees what the prototype changes.
     order = shares.argsort(descending=True)
-    references = test_images[:8]
-    of_references = draw(unet, project(model, references), noise)
-    pictures = {"shares": shares[order], "prototypes": draw(unet, prototypes[order], noise),
-                "images": torch.cat([references[:, None], of_references], dim=1)}
+    pictures = {"shares": shares[order],
+                "prototypes": draw(unet, prototypes[order], noise[:1, :8])}
     save_file(pictures, pictures_path(args.out, exponent, seed))
     return [record]
 
@@ -282,7 +287,7 @@ def show(ax, images):
 
 def plot_prototypes(pictures, summary):
     """Samples of the prototypes of both models, and what these samples have in common."""
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
     wins = {}
     for ax, (exponent, shown) in zip(figure.subplots(1, 2), pictures.items()):
         # A prototype stands for the feature that its samples share more often than by chance. If
@@ -295,7 +300,8 @@ def plot_prototypes(pictures, summary):
         wins[exponent] = max(scores, key=scores.get)
         ax.set_title("\n".join([f"{PRIORS[exponent]}: samples of a prototype show", *agree]))
         show(ax, shown["prototypes"])
-        ax.set_yticks(17 + 34 * np.arange(10), [f"{share:.0%}" for share in shown["shares"]])
+        ax.set_yticks(17 + 34 * np.arange(len(shown["shares"])),
+                      [f"{share:.0%}" for share in shown["shares"]])
     figure.suptitle(f"A prototype stands for {wins[EXPONENT]} under the power-law prior and for "
                     f"{wins[0.0]} under the uniform prior", fontsize="x-large")
     figure.supxlabel("Each row: samples of one prototype, last seed (left: its share of images). "
@@ -305,25 +311,13 @@ def plot_prototypes(pictures, summary):
     return figure
 
 
-def plot_images(pictures):
-    """Real images, and samples of their projections."""
-    figure = Figure(figsize=(12, 6.9), layout="constrained")
-    for ax, (exponent, shown) in zip(figure.subplots(1, 2), pictures.items()):
-        ax.set_title(PRIORS[exponent])
-        show(ax, shown["images"])
-        ax.axvline(33.5, color="black", linewidth=4)
-    figure.suptitle("Left of the line: a real image. Right of it: samples of its projection",
-                    fontsize="x-large")
-    return figure
-
-
 # ---- Command line --------------------------------------------------------------------------------
 @command
 def main(argv=None):
     parser = Parser("What a prototype stands for, drawn by a diffusion model (figures 2 and 4)")
     add = parser.add_argument
     add("--models", type=Path, help="--out of mnist_corner.py (default: train models in --out)")
-    add("--out", type=folder, default="runs/rcdm", help="folder for results and figures")
+    add("--out", type=folder, default="runs/rcdm", help="folder for results and the figure")
     add("--seeds", type=number(int, 0, 2_000_000_000), nargs="+", action=Distinct, default=[0],
         help="one run each")
     add("--steps", type=number(int, 10), default=1600, help="of the diffusion model")
@@ -342,7 +336,7 @@ def main(argv=None):
     jobs = list(itertools.product(args.seeds, PRIORS))
     try:
         args.corner = json.loads((args.models / "results.json").read_text())["config"]
-        CornerImages(SimpleNamespace(**args.corner))
+        load_images(args.corner)
         for seed, exponent in jobs:
             load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     except Exception as error:  # whatever a wrong file can cause
@@ -358,10 +352,9 @@ def main(argv=None):
     say("exponent".ljust(24) + "".join(f"{exponent:>18.2f}" for exponent in summary))
     for key in runs[0]["results"]:
         say(f"{key:<24}" + "".join(f"{cell(row, key):>18}" for row in summary.values()))
-    last = args.out, args.seeds[-1]
-    write_figure(args.out / "rcdm.png", lambda: plot_prototypes(load_pictures(*last), summary))
-    write_figure(args.out / "rcdm_images.png", lambda: plot_images(load_pictures(*last)))
-    say(f"rcdm.json and the figures are in {args.out}")
+    write_figure(args.out / "rcdm.png", lambda: plot_prototypes(
+        load_pictures(args.out, args.seeds[-1]), summary))
+    say(f"rcdm.json and the figure are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ FIGURES = {
     "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
     "corner_curve": {"curve.png": "corner_curve.png"},
     "corner_joint": {"preference.png": "corner_joint.png"},
-    "rcdm": {"rcdm.png": "rcdm.png", "rcdm_images.png": "rcdm_images.png"},
+    "rcdm": {"rcdm.png": "rcdm.png"},
     "photographs": {"which_prior.png": "photographs.png"},
     "letters": {"which_prior.png": "letters.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},

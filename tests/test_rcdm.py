@@ -1,6 +1,7 @@
 """extras/rcdm.py: the sampler and the loss in closed form, what the condition does, a whole run."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -13,16 +14,15 @@ from PIL import Image
 
 import mnist_corner
 import rcdm
-from test_corner import ARGS, short_experiment
+from test_corner import ARGS, short_networks
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A folder with two models of mnist_corner.py after a few steps each."""
     folder = tmp_path_factory.mktemp("models")
-    args = {**ARGS, "ordinary": True, "tries": 1, "out": folder}
-    short_experiment(0, "digit", SimpleNamespace(**args))
-    (folder / "results.json").write_text(json.dumps({"config": args}, default=str))
+    short_networks(0, "digit", 0.8, SimpleNamespace(**ARGS, out=folder))
+    (folder / "results.json").write_text(json.dumps({"config": ARGS}))
     return folder
 
 
@@ -75,7 +75,7 @@ def test_loss_against_numpy():
 def test_a_model_trained_on_two_projections_draws_the_right_image():
     images = torch.full((2, 1, 16, 16), -0.8)
     images[0, :, :8], images[1, :, :, 8:] = 0.8, 0.8  # the upper half, the right half
-    projections = F.normalize(torch.randn(2, 32), dim=1)
+    projections = F.normalize(torch.randn(2, rcdm.DIM), dim=1)
     unet = rcdm.UNet()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, fused=True)
     for _ in range(100):
@@ -90,41 +90,88 @@ def test_a_model_trained_on_two_projections_draws_the_right_image():
         assert (distance[row, :, row] < 0.5 * distance[row, :, 1 - row]).all()
 
 
-def test_measures_of_perfect_samples(tmp_path, monkeypatch):
-    """Every pixel of an image is its digit here, and prototype k stands for the digit k."""
-    model = SimpleNamespace(prototypes=2 * torch.eye(10, 32))
+def test_projections_are_those_of_the_new_network(models):
+    """Of encoder and head with their running statistics, and not of the target network."""
+    path = models / "model_digit_1_0.pt"
+    model, state = rcdm.load_pmsn(path, 1.0), torch.load(path, weights_only=True)
+    images = torch.rand(1100, 1, 32, 32)  # in two parts
+    mean, var = state["head.1.running_mean"], state["head.1.running_var"]
+    for name, equal in (("", True), ("target_", False)):
+        encoder = getattr(model, f"{name}encoder")
+        z = encoder(images) @ state[f"{name}head.0.weight"].T + state[f"{name}head.0.bias"]
+        z = (z - mean) / (var + 1e-5).sqrt()
+        z = z / z.norm(dim=1, keepdim=True)
+        found = rcdm.project(model, images)
+        assert found.shape == (1100, rcdm.DIM)
+        assert torch.allclose(found, z, atol=1e-5) == equal
+    assert not any(module.training for module in model.modules())
 
-    def batch(source, count, exponent, test=False):
-        digits = torch.arange(10).repeat_interleave(count // 55 * torch.arange(1, 11))
-        digits = digits[torch.randperm(len(digits))]
-        images = digits.view(-1, 1, 1, 1).expand(-1, 1, 32, 32).float()
-        return images, {"digit": digits, "background": torch.zeros_like(digits)}
+
+def test_images_show_what_their_labels_say(models):
+    """No image shows another digit than its own. In training digits are long-tailed."""
+    train, test = (rcdm.load_images(ARGS, test) for test in (False, True))
+    rendered = []
+    for source in (train, test):
+        source.render = lambda pairs, render=source.render: rendered.append(pairs) or render(pairs)
+    for source, balanced in ((train, False), (test, True)):
+        images, labels = rcdm.draw_images(source, 5000, balanced)
+        digits, backgrounds = rendered.pop().T  # The images of the ten digits are in their order.
+        assert torch.equal(labels["digit"], digits) and images.shape == (5000, 1, 32, 32)
+        assert torch.equal(labels["background"], backgrounds)
+        shares = np.ones(10) if balanced else 1 / np.arange(1, 11)
+        np.testing.assert_allclose(digits.bincount() / 5000, shares / shares.sum(), atol=0.03)
+        np.testing.assert_allclose(backgrounds.bincount() / 5000, 5 * [0.2], atol=0.03)
+
+
+def test_measures_of_perfect_samples(tmp_path, monkeypatch):
+    """Every pixel of an image is its digit here, and prototype k stands for the digit k.
+
+    Images with the background 1 are nearer to their prototype. They are a quarter of its images.
+    """
+    model = SimpleNamespace(prototypes=2 * torch.eye(5, rcdm.DIM))
+
+    def draw_images(source, count, balanced=False):
+        digits = torch.arange(5).repeat_interleave(count // 60 * 4 * torch.arange(1, 6))
+        background = torch.where(torch.arange(len(digits)) % 4 == 1, 1, 2)
+        order = torch.randperm(len(digits))
+        images = torch.stack([digits, background], dim=1)[order].float()
+        return (images.view(-1, 2, 1, 1, 1)[:, 0].expand(-1, 1, 32, 32) + background[order].view(
+            -1, 1, 1, 1) / 10, {"digit": digits[order], "background": background[order]})
+
+    def project(model, images):
+        """Images of the background 2 are a bit nearer to the other prototypes."""
+        values = images[:, 0, 0, 0]
+        digits, background = values.floor().long(), values.frac() * 10
+        z = torch.eye(5, rcdm.DIM)[digits] + 0.1 * (background[:, None] > 1.5)
+        return F.normalize(z, dim=1)
 
     def draw(unet, projections, noise):
         digits = projections.argmax(dim=1)
-        return digits.view(-1, 1, 1, 1, 1).expand(-1, noise.shape[1], 1, 32, 32).float()
+        return digits.view(-1, 1, 1, 1, 1).expand(-1, noise.shape[1], 1, 32, 32) + 0.1
 
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
     fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
              "train_unet": lambda *args, name: (SimpleNamespace(state_dict=dict), 0.25),
-             "project": lambda model, x: model.prototypes[x[:, 0, 0, 0].long()] / 2,
-             "draw": draw, "classify": classify}
+             "project": project, "draw": draw, "draw_images": draw_images, "classify": classify}
     for name, fake in fakes.items():
         monkeypatch.setattr(rcdm, name, fake)
-    monkeypatch.setattr(rcdm.CornerImages, "batch", batch)
     args = SimpleNamespace(corner=ARGS, models=tmp_path, out=tmp_path, steps=10, samples=8)
     record, = rcdm.experiment(0, 1.0, args)
     pictures = torch.load(tmp_path / "pictures_1_0.pt", weights_only=True)
     results = record["results"]
     assert (record["seed"], record["exponent"], results["loss"]) == (0, 1.0, 0.25)
-    for name in "faithfulness digit_of_samples digit_of_images digit_accuracy cosine".split():
+    for name in ("faithfulness", "digit_of_samples", "digit_of_images", "digit_of_nearest",
+                 "digit_accuracy", "background_of_nearest"):
         assert results[name] == pytest.approx(1), name
+    far = 1.1 / math.sqrt(1.1**2 + 7 * 0.1**2)
+    assert results["cosine"] == pytest.approx(0.25 + 0.75 * far)
     assert results["background_of_samples"] == pytest.approx(0.5)
-    assert record["shares"] == pytest.approx([k / 55 for k in range(1, 11)])
+    assert results["background_of_images"] == pytest.approx(0.75)
+    assert record["shares"] == pytest.approx([k / 15 for k in range(1, 6)])
     # In the figure the prototype with the largest share comes first.
     assert (np.diff(pictures["shares"]) < 0).all()
-    assert (pictures["prototypes"] == np.arange(9, -1, -1).reshape(10, 1, 1, 1, 1)).all()
+    assert (pictures["prototypes"][:, :, 0, 0, 0].floor() == torch.arange(4, -1, -1)[:, None]).all()
 
 
 def test_a_killed_run_continues_and_draws_its_figures_from_files(
@@ -135,9 +182,9 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
     monkeypatch.setattr(mnist_corner, "main", corner)
     monkeypatch.setattr(rcdm.sample, "__defaults__", (1,))  # steps
     monkeypatch.setattr(rcdm, "BATCH_SIZE", 40)
-    batch = rcdm.CornerImages.batch
-    monkeypatch.setattr(rcdm.CornerImages, "batch", lambda source, count, exponent, test=False:
-                        batch(source, count // 5, exponent, test))
+    draw_images = rcdm.draw_images
+    monkeypatch.setattr(rcdm, "draw_images", lambda source, count, balanced=False:
+                        draw_images(source, count // 5, balanced))
     options = ["--quick", "--workers", "2", "--out", str(tmp_path)]
     train_unet, jobs = rcdm.train_unet, []
 
@@ -166,36 +213,38 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
     assert runs[0]["results"]["digit_accuracy"] == runs[1]["results"]["digit_accuracy"]
     for run in runs:
         assert purity_of_images(folder, run) == pytest.approx(
-            [run["results"][f"{what}_of_images"] for what in ("digit", "background")])
-    figures = {name: (tmp_path / name).read_bytes() for name in ("rcdm.png", "rcdm_images.png")}
-    for name in figures:
-        assert min(Image.open(tmp_path / name).size) > 300
-        (tmp_path / name).unlink()
+            [run["results"][f"{what}_of_{images}"] for images in ("images", "nearest")
+             for what in ("digit", "background")])
+    figure = tmp_path / "rcdm.png"
+    content = figure.read_bytes()
+    assert min(Image.open(figure).size) > 200
+    figure.unlink()
 
-    rcdm.main(options)  # Nothing is left to do, and the figures come from the files.
-    assert len(jobs) == 3
-    assert {name: (tmp_path / name).read_bytes() for name in figures} == figures
+    rcdm.main(options)  # Nothing is left to do, and the figure comes from the files.
+    assert len(jobs) == 3 and figure.read_bytes() == content
     assert json.loads((tmp_path / "rcdm.json").read_text())["runs"] == runs
 
     capsys.readouterr()
     (tmp_path / "pictures_0_0.pt").write_bytes(b"half")
-    rcdm.main(options)  # This costs the figures, and nothing else.
+    rcdm.main(options)  # This costs the figure, and nothing else.
     output = capsys.readouterr()
-    assert [f"warning: cannot draw {name}" in output.err for name in figures] == [True, True]
+    assert "warning: cannot draw rcdm.png" in output.err
     assert "faithfulness" in output.out
 
 
 def purity_of_images(folder, run):
-    """Of digit and background: counted for the images that the run has drawn."""
-    config = SimpleNamespace(**json.loads((folder / "results.json").read_text())["config"])
+    """Of all and of the most similar images: counted for the images that the run has drawn."""
+    config = json.loads((folder / "results.json").read_text())["config"]
     model = rcdm.load_pmsn(folder / f"model_digit_{run['exponent']:g}_0.pt", run["exponent"])
     torch.manual_seed(0)
-    images, labels = rcdm.CornerImages(config).batch(10_000, 1.0)
-    embeddings = F.normalize(model.target_head(model.target_encoder(images)))
-    nearest = (embeddings @ F.normalize(model.prototypes).T).argmax(dim=1).numpy()
-    assert np.bincount(nearest, minlength=10) / len(images) == pytest.approx(run["shares"])
-    return [sum(np.bincount(labels[what].numpy()[nearest == k]).max(initial=0)
-                for k in range(10)) / len(images) for what in ("digit", "background")]
+    images, labels = rcdm.draw_images(rcdm.load_images(config), 10_000)
+    cosines = (rcdm.project(model, images) @ F.normalize(model.prototypes).T).numpy()
+    groups = [np.flatnonzero(cosines.argmax(axis=1) == k) for k in range(5)]
+    assert [len(group) / len(images) for group in groups] == pytest.approx(run["shares"])
+    nearest = [np.argsort(-column)[:100] for column in cosines.T]
+    return [sum(share * np.bincount(labels[what].numpy()[group]).max(initial=0) / max(1, len(group))
+                for group, share in zip(parts, run["shares"]))
+            for parts in (groups, nearest) for what in ("digit", "background")]
 
 
 @pytest.mark.parametrize("file, content", [
