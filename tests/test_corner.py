@@ -1,6 +1,8 @@
-"""mnist_corner.py: its data, starts and tries, measures, and its fairness between the priors."""
+"""mnist_corner.py: images, heads and trainings, measures, and fairness between the priors."""
 
+import contextlib
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -12,85 +14,210 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import mutual_info_score
+from torch import nn
 
 import mnist_corner
 import pmsn
 from support import drawings, results
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-ARGS = dict(mnist=False, root="data", backgrounds=None, exponents=(1.0, 0.0), ordinary=False,
-            tries=3, fixed_order=False, quick=False, seeds=[0])
-WINDOWS = [mnist_corner.DIGIT, mnist_corner.BACKGROUND, (0, 16, 16), (8, 0, 16)]
+ARGS = dict(mnist=False, root="data", backgrounds=None, curve=False, joint=False, fixed_order=False,
+            quick=False)
 FEATURES = ("digit", "background")
+BATCH = 64
+SHORT = {"images": 2 * BATCH, "epochs": (1, 1, 1), "heads": 3}  # two steps of each training
 
 
-def short_experiment(seed, long_tailed, args):
-    """Two steps on windows and two on whole images."""
-    with patch.dict(mnist_corner.SYNTHETIC, images=512, epochs=1):
-        return mnist_corner.experiment(seed, long_tailed, args)
+@contextlib.contextmanager
+def short():
+    """Two steps of each training, three heads, and a fifth of the test images."""
+    draw = mnist_corner.CornerImages.draw
+
+    def fewer(images, count, balanced=False):
+        return draw(images, count // 5 if count >= 2000 else count, balanced)
+    with (patch.dict(mnist_corner.SYNTHETIC, SHORT), patch.dict(mnist_corner.MNIST, SHORT),
+          patch.object(mnist_corner, "BATCH_SIZE", BATCH),
+          patch.object(mnist_corner.CornerImages, "draw", fewer)):
+        yield
+
+
+def short_networks(seed, long_tailed, contrast, args):
+    with short():
+        return mnist_corner.experiment("networks", seed, long_tailed, contrast, args)
 
 
 @pytest.fixture
 def run(tmp_path):
     def run(long_tailed, **changes):
-        return short_experiment(0, long_tailed, SimpleNamespace(
-            **{**ARGS, "out": tmp_path, **changes}))
+        return short_networks(0, long_tailed, 0.8,
+                              SimpleNamespace(**{**ARGS, "out": tmp_path, **changes}))
     return run
 
 
-def spy(monkeypatch):
-    """A list of (exponent, window, weights, views) of every step of every network."""
-    steps, forward = [], mnist_corner.WindowPMSN.forward
+def corner_images(long_tailed, test=False, **settings):
+    settings = {**mnist_corner.SYNTHETIC, **settings}
+    return mnist_corner.CornerImages(SimpleNamespace(**ARGS), long_tailed, settings, test)
 
-    def watched(start, views, **options):
-        weights = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
-        steps.append((start.exponent, start.window, weights, torch.stack(views)))
-        return forward(start, views, **options)
-    monkeypatch.setattr(mnist_corner.WindowPMSN, "forward", watched)
+
+def spy(monkeypatch):
+    """Lists of (model, its weights, views) of every step of heads and of students."""
+    steps = {"heads": [], "students": []}
+    for name, kind in (("heads", mnist_corner.Heads), ("students", pmsn.PMSN)):
+
+        def watched(model, *views, forward=kind.forward, name=name, **options):
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()
+                                 if p.requires_grad])
+            inputs = views if name == "heads" else views[0]
+            steps[name].append((model, weights, torch.stack(tuple(inputs))))
+            return forward(model, *views, **options)
+        monkeypatch.setattr(kind, "forward", watched)
     return steps
 
 
-def power_law(exponent):
-    shares = np.arange(1, 11.0) ** -exponent
+def power_law(count, exponent=1.0):
+    shares = np.arange(1.0, count + 1) ** -exponent
     return shares / shares.sum()
 
 
 # ---- Data ----------------------------------------------------------------------------------------
-def test_one_feature_is_long_tailed_and_the_other_one_balanced(tmp_path, monkeypatch):
-    """In the training images. In the test images both are balanced."""
-    data = []
-
-    def no_training(models, schedule, epochs, images, settings, title):
-        data.append([index.bincount(minlength=10) for _, index in images])
-        return [torch.zeros(len(model.prototypes)) for model in models]
-
-    def no_measure(final, test, seen, queries):
-        data.append([part[what].bincount(minlength=10) for part in (test, seen)
-                     for what in FEATURES])
-        return {}, torch.randn(2000, 4)
-    monkeypatch.setattr(mnist_corner, "train", no_training)
-    monkeypatch.setattr(mnist_corner, "measure", no_measure)
-    expected = {"long": 15360 * power_law(1.0), "flat": [1536] * 10}
-    for long_tailed in FEATURES:
-        data.clear()
-        mnist_corner.experiment(0, long_tailed, SimpleNamespace(**ARGS, out=tmp_path))
-        names = ["long" if feature == long_tailed else "flat" for feature in FEATURES]
-        for counts, name in zip(data[0], names):
-            np.testing.assert_allclose(counts, expected[name], atol=5 * 60)
-        test_digits, test_backgrounds, *seen = data[-1]
-        assert max(test_digits.max(), test_backgrounds.max()) < 270  # of 2,000, at five sigma
-        for counts, name in zip(seen, names):
-            np.testing.assert_allclose(counts, np.array(expected[name]) / 7.68, atol=110)
+@pytest.mark.parametrize("long_tailed", FEATURES)
+@pytest.mark.parametrize("test", [False, True])
+def test_one_feature_is_long_tailed_and_the_other_one_balanced(long_tailed, test, monkeypatch):
+    """However many images of each digit there are. The balanced feature has five classes."""
+    # Ten classes of unequal sizes: 2 k + 1 images have the root k.
+    labels = [(7 * torch.arange(n).sqrt().long()) % 10 for n in (300, 200)]
+    monkeypatch.setattr(mnist_corner, "load_digits", lambda args: [
+        (torch.zeros(len(part), 1, 20, 20), part) for part in labels])
+    images = corner_images(long_tailed, test)
+    assert len(images.images[0]) == len(images.labels[0]) == (200 if test else 300)
+    for balanced in (False, True):
+        pairs = images.draw(20_000, balanced)
+        found = images.labels_of(pairs)
+        assert torch.equal(found["digit"], labels[test][pairs[:, 0]])
+        for feature in FEATURES:
+            classes, exponent = (10, 1 - balanced) if feature == long_tailed else (5, 0)
+            np.testing.assert_allclose(found[feature].bincount() / 20_000,
+                                       power_law(classes, exponent), atol=0.015)
+        together = torch.stack([*found.values()]).double()
+        assert abs(torch.corrcoef(together)[0, 1]) < 0.04
+    if test:  # The images of a class are equally frequent.
+        counts = pairs[found["digit"] == 1, 0].bincount(minlength=200)[labels[1] == 1]
+        assert counts.float().std() < 0.3 * counts.float().mean()
 
 
-@pytest.mark.parametrize("deform, low, high", [(0.0, 0.02, 0.15), (1.0, 0.15, 1.0)])
-def test_views_change_digit_and_background(deform, low, high):
+def test_a_network_is_judged_on_what_it_was_trained_for(run, monkeypatch):
+    """Training and `judge` see long-tailed images, and neighbors are those of balanced images."""
+    seen, train_heads, judge = {}, mnist_corner.train_heads, mnist_corner.judge
+
+    def spied_judge(model, losses, images, labels):
+        seen["judge"] = labels
+        return judge(model, losses, images, labels)
+
+    def spied_neighbors(whose, representations, labels):
+        seen["neighbors"] = labels
+        return {}
+    draws, draw = [], mnist_corner.CornerImages.draw
+
+    def spied_draw(images, count, balanced=False):
+        pairs = draw(images, count, balanced)
+        draws.append((count, images.labels_of(pairs)))
+        return pairs
+    monkeypatch.setattr(mnist_corner, "judge", spied_judge)
+    monkeypatch.setattr(mnist_corner, "neighbors", spied_neighbors)
+    monkeypatch.setattr(mnist_corner.CornerImages, "draw", spied_draw)
+    run("digit", curve=True)  # without step 3
+    assert draws[0][0] == 2 * BATCH  # the images of the training come first
+    for labels, exponent in ((draws[0][1], 1), (seen["judge"], 1), (seen["neighbors"], 0)):
+        for what, shares in (("digit", power_law(10, exponent)), ("background", power_law(5, 0))):
+            found = labels[what].bincount(minlength=len(shares)) / len(labels[what])
+            np.testing.assert_allclose(found, shares, atol=0.08)
+
+
+@pytest.mark.parametrize("long_tailed", FEATURES)
+def test_a_view_shows_another_class_as_often_as_two_views_of_says(long_tailed, monkeypatch):
+    """Digit and background are replaced independently, by draws from the data's own frequencies."""
+    rate = 0.3
+    monkeypatch.setattr(mnist_corner, "DISAGREE", rate)
+    monkeypatch.setattr(mnist_corner.CornerImages, "render", lambda images, pairs: pairs)
+    images = corner_images(long_tailed)
+    shares = {feature: power_law(10) if feature == long_tailed else np.full(5, 0.2)
+              for feature in FEATURES}
+    fixed = images.view(torch.tensor([[1, 3]]).expand(50_000, 2))  # of the same image
+    for column, feature, own in zip(fixed.T, FEATURES, (1, 3)):
+        expected = rate * shares[feature]  # a replaced one can have its class
+        expected[own] += 1 - rate
+        np.testing.assert_allclose(column.bincount(minlength=len(expected)) / 50_000, expected,
+                                   atol=0.008)
+    others = (fixed != torch.tensor([1, 3])).double()
+    assert (others.prod(dim=1).mean() - others.mean(dim=0).prod()).abs() < 0.005
+
+    # Two views of random images: how often they show each pair of classes.
+    pairs = images.draw(100_000)
+    views = torch.stack([images.view(pairs) for _ in range(2)])  # (2, N, 2)
+    for i, feature in enumerate(FEATURES):
+        n = len(shares[feature])
+        expected = mnist_corner.two_views_of(torch.from_numpy(shares[feature]), rate)
+        first, second = views[:, :, i]
+        counts = (first * n + second).bincount(minlength=n * n).view(n, n)
+        np.testing.assert_allclose(counts / 100_000, expected, atol=0.006)
+
+
+def test_without_disagreement_a_view_is_its_image(monkeypatch):
+    monkeypatch.setattr(mnist_corner, "DISAGREE", 0.0)
+    monkeypatch.setattr(mnist_corner.CornerImages, "render", lambda images, pairs: pairs)
+    images = corner_images("digit")
+    pairs = images.draw(1000)
+    assert torch.equal(images.view(pairs), pairs)
+
+
+def test_images_show_what_their_labels_say():
+    """By the most similar of many templates: the digits as drawn, and crops of the gratings."""
+    images = corner_images("digit", deform=0.0, contrast=0.8)
+    pairs = torch.stack([torch.randint(10, (200,)), torch.randint(10, (200,))], dim=1)
+    found, labels = images.render(pairs), images.labels_of(pairs)
+    assert found.shape == (200, 1, 32, 32)
     digits, gratings = drawings.draw_digits("DejaVuSans")[0], drawings.draw_gratings()
-    settings = {"contrast": 1.0, "deform": deform}
-    views = [mnist_corner.make_view(digits, gratings, settings) for _ in range(2)]
-    change = (views[0] - views[1]).abs()
+    corners = 2 * drawings.digit_view(digits, 0.0) - 1
+    crops = 2 * (0.5 + 0.8 * (drawings.background_view(gratings.repeat(60, 1, 1, 1)) - 0.5)) - 1
+    for templates, what, rows in ((corners, "digit", slice(0, 16)),
+                                  (crops, "background", slice(16, 32))):
+        seen = found[:, :, rows, :16].flatten(1)
+        templates = templates[:, :, rows, :16].flatten(1)
+        nearest = torch.cdist(seen, templates).argmin(dim=1) % 10
+        assert (nearest == labels[what]).float().mean() > 0.98
+    noise = found[:, 0, :16, :16] - corners[labels["digit"], 0]
+    assert noise.std().item() == pytest.approx(0.1, rel=0.03) and noise.mean().abs() < 0.003
+
+
+def test_the_square_hides_the_background_and_the_contrast_is_that_of_the_rest():
+    one, other = torch.tensor([[3, 1]] * 8), torch.tensor([[3, 4]] * 8)
+    views = {}
+    for contrast in (0.0, 0.3, 1.0):
+        for name, pairs in (("one", one), ("other", other)):
+            torch.manual_seed(1)  # the same deformations and noise
+            views[contrast, name] = corner_images("digit", contrast=contrast).render(pairs)
+    square = torch.zeros(32, 32, dtype=torch.bool)
+    square[:16, :16] = True
+    gray = views[0.0, "one"]
+    for view in views.values():
+        assert torch.equal(view[..., square], gray[..., square])
+    assert torch.equal(views[0.0, "other"], gray)
+    for name in ("one", "other"):
+        full, low = views[1.0, name] - gray, views[0.3, name] - gray
+        torch.testing.assert_close(low, 0.3 * full, atol=1e-5, rtol=0)
+        assert full[..., ~square].abs().mean() > 0.5
+    difference = (views[1.0, "one"] - views[1.0, "other"]).abs()
+    assert difference[..., ~square].mean() > 0.3
+
+
+@pytest.mark.parametrize("deform, low, high", [(0.0, 0.05, 0.15), (1.0, 0.3, 2.0)])
+def test_views_change_digit_and_background(deform, low, high):
+    images = corner_images("digit", deform=deform, contrast=1.0)
+    pairs = images.draw(100)
+    change = (images.render(pairs) - images.render(pairs)).abs()
     assert low < change[..., :16, :16].mean() < high  # at deform 0 there is only noise
-    assert change[..., 16:, 16:].mean() > 0.2  # the grating has moved
+    assert change[..., 16:, 16:].mean() > 0.4  # the grating has moved
 
 
 def test_cifar_as_torchvision_gives_it(monkeypatch):
@@ -116,320 +243,654 @@ def test_backgrounds_are_ten_folders(tmp_path):
         mnist_corner.load_backgrounds(args)
 
 
-# ---- Windows and tries ---------------------------------------------------------------------------
-@pytest.mark.parametrize("window", WINDOWS)
-def test_a_network_sees_its_window_only(window):
-    start = mnist_corner.WindowPMSN(window, 1.0, tries=2)
-    views = torch.randn(2, 8, 1, 32, 32)
-    row, column, size = window
-    inside = torch.zeros(32, 32, dtype=torch.bool)
-    inside[row : row + size, column : column + size] = True
-    elsewhere = torch.where(inside, views, torch.randn(2, 8, 1, 32, 32))
-    assert torch.equal(start(views), start(elsewhere))
-    here = torch.where(inside, torch.randn(2, 8, 1, 32, 32), views)
-    assert (start(views) - start(here)).abs().min() > 1e-3
-
-
-def test_each_try_has_the_loss_of_its_own_head_and_prototypes():
-    """The loss of each try is the loss of pmsn.py for its 32 entries, and so is its gradient."""
-    start = mnist_corner.WindowPMSN(mnist_corner.DIGIT, 1.0, tries=3)
-    views = torch.randn(2, 40, 1, 32, 32)
-    options = {"sharpening": 0.4, "any_order": True}
-    losses = start(views, **options)
+# ---- Heads ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("any_order", [False, True])
+def test_each_head_has_the_loss_of_its_own_prototypes(any_order):
+    """It is the loss of pmsn.py for its entries, and so is its gradient. So heads learn alone."""
+    model, dim = mnist_corner.Heads(nn.Linear(6, 128), 1.0, heads=3), mnist_corner.DIM
+    with torch.no_grad():
+        for parameter in model.target.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    target_view, anchor_view = torch.randn(2, 40, 6)
+    options = {"sharpening": 0.4, "any_order": any_order}
+    losses = model(target_view, anchor_view, **options)
     losses.sum().backward()
-    encoder, (linear, norm) = start.network
-    windows = views[..., :16, :16]
-    features, target_features = encoder(windows[1]), start.target[0](windows[0])
+    encoder, (linear, _) = model.network
+    target_encoder, (target_linear, _) = model.target
+    of_features = 0.0
     for i, loss in enumerate(losses):
-        entries = slice(32 * i, 32 * i + 32)
-        weight, bias, q = (x.detach().clone().requires_grad_() for x in (
-            linear.weight[entries], linear.bias[entries], start.prototypes[i]))
-        z, z_target = (x.detach() @ weight.T + bias for x in (features, target_features))
+        part = slice(dim * i, dim * (i + 1))
+        weight, bias, q, features = (x.detach().clone().requires_grad_() for x in (
+            linear.weight[part], linear.bias[part], model.prototypes[i], encoder(anchor_view)))
+        z = features @ weight.T + bias
+        z_target = target_encoder(target_view) @ target_linear.weight[part].T
         z, z_target = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
                        for x in (z, z_target))
-        expected, _ = pmsn.pmsn_loss(z, z_target, q, pmsn.power_law_prior(10, 1.0), **options)
+        expected, _ = pmsn.pmsn_loss(z, z_target, q, pmsn.power_law_prior(5, 1.0), **options)
         torch.testing.assert_close(loss, expected)
         expected.backward()
-        torch.testing.assert_close(start.prototypes.grad[i], q.grad, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(linear.weight.grad[entries], weight.grad, atol=1e-6, rtol=1e-4)
-    assert all(p.grad is None for p in start.target.parameters())
+        torch.testing.assert_close(model.prototypes.grad[i], q.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(linear.weight.grad[part], weight.grad, atol=1e-6, rtol=1e-4)
+        of_features = of_features + features.grad
+    expected = of_features.T @ anchor_view
+    torch.testing.assert_close(encoder.weight.grad, expected, atol=1e-5, rtol=1e-4)
+    assert all(p.grad is None for p in model.target.parameters())
 
 
-@pytest.mark.parametrize("window", [*WINDOWS, mnist_corner.WHOLE])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_widened_network_computes_the_same_and_can_learn_the_rest(window, training):
-    start = mnist_corner.WindowPMSN(window, 1.0, tries=3)
-    images = torch.randn(16, 1, 32, 32)
+def test_one_head_alone_computes_what_it_computes_among_all():
+    """That of the target network, with its running statistics."""
+    model = mnist_corner.Heads(nn.Linear(6, 128), 1.0, heads=3)
     with torch.no_grad():
-        for parameter in start.target.parameters():
+        for parameter in model.target.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    start(images.expand(2, -1, -1, -1, -1))  # statistics of BatchNorm
-    whole = mnist_corner.widen(start, 1)
-    start.train(training), whole.train(training)
-    for old, new in ((start.network, whole.network), (start.target, whole.target)):
-        expected = old(mnist_corner.crop(images, window))[:, 32:64]
-        torch.testing.assert_close(new(images), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(whole.prototypes[0], start.prototypes[1])
-    assert not any(p.requires_grad for p in whole.target.parameters())
-    whole.network[0](images).sum().backward()
-    assert whole.network[0][-1].weight.grad.ne(0).all()
+    for _ in range(3):
+        model(*(1 + 2 * torch.randn(2, 40, 6)))  # statistics of BatchNorm
+    heads, inputs = [model.head(i) for i in range(3)], torch.randn(7, 6)
+    encoder, whole = model.target.eval()
+    expected = whole(encoder(inputs)).unflatten(1, (3, -1))
+    for i, head in enumerate(heads):
+        torch.testing.assert_close(head(encoder(inputs)), expected[:, i])
+        assert not any(p.requires_grad for p in head.parameters())
+    whole[0].weight.data.zero_()  # The heads are copies.
+    torch.testing.assert_close(heads[2](encoder(inputs)), expected[:, 2])
 
 
-def test_the_model_file_has_the_network_of_the_winner():
-    whole = mnist_corner.widen(mnist_corner.WindowPMSN(mnist_corner.DIGIT, 1.0, tries=3), 2)
-    state = mnist_corner.as_pmsn(whole).state_dict()
-    model = drawings.make_pmsn(drawings.make_encoder(32), 10, 1.0, dim=32)
-    model.load_state_dict(state)
-    images = torch.randn(16, 1, 32, 32)
-    for network, (encoder, head) in ((whole.network, (model.encoder, model.head)),
-                                     (whole.target, (model.target_encoder, model.target_head))):
-        assert torch.equal(network(images), head(encoder(images)))
-    assert torch.equal(model.prototypes, whole.prototypes[0])
-
-
-def test_the_try_with_the_lowest_loss_goes_on(run, monkeypatch):
-    """Of two windows with three tries each, the background's second try under both priors."""
-    widen, forward = Mock(wraps=mnist_corner.widen), mnist_corner.WindowPMSN.forward
-
-    def fixed(start, views, **options):
-        losses = forward(start, views, **options)
-        found = {mnist_corner.DIGIT: [2.0, 3.0, 1.5], mnist_corner.BACKGROUND: [4.0, 1.0, 5.0]}
-        return losses + (torch.tensor(found.get(start.window, [9.0])) - losses).detach()
-    monkeypatch.setattr(mnist_corner.WindowPMSN, "forward", fixed)
-    monkeypatch.setattr(mnist_corner, "widen", widen)
-    records = run("digit")
-    assert [(call.args[0].window, call.args[1]) for call in widen.call_args_list] == 2 * [
-        (mnist_corner.BACKGROUND, 1)]
-    for record in records:
-        assert record["chosen"] == "background"
-        assert record["tries"] == {"digit": [2.0, 3.0, 1.5], "background": [4.0, 1.0, 5.0]}
-        assert record["results"]["digit_loss"] == 1.5
-        assert record["results"]["background_loss"] == 1.0
-
-
-def test_training_equals_a_plain_loop(monkeypatch):
-    """Six steps of two epochs: weights, target and prototypes, with all options of the loss."""
-    digits, gratings = drawings.draw_digits("DejaVuSans")[0], drawings.draw_gratings()
-    data = [(digits, torch.randint(10, (768,))), (gratings, torch.randint(10, (768,)))]
-    options = {"prior_weight": 3.0, "sinkhorn_iterations": 2, "any_order": True}
-    settings = {"deform": 0.3, "contrast": 0.8, "images": 768, "loss_options": options}
-    # In float64, because Adam turns the rounding of gradients that are 0 into steps.
-    model = mnist_corner.WindowPMSN(mnist_corner.BACKGROUND, 1.0, tries=2)
-    make_view = mnist_corner.make_view
-    monkeypatch.setattr(mnist_corner, "make_view", lambda *args: make_view(*args).double())
-    model.double()
-    network, target, prototypes = (copy.deepcopy(x) for x in (
-        model.network, model.target, model.prototypes))
-    steps = spy(monkeypatch)
-    losses, = mnist_corner.train([model], mnist_corner.schedule, 2, data, settings, "")
-    optimizer = torch.optim.AdamW([prototypes, *network.parameters()], weight_decay=0.05)
-    last_epoch = []
-    for step, (*_, views) in enumerate(steps):
-        done = step / 6
-        optimizer.param_groups[0]["lr"] = (2e-3 * min(1, 0.02 + 20 * done)
-                                           * (0.55 + 0.45 * math.cos(math.pi * done)))
-        momentum = 0.9 + 0.09 * min(1, 1.5 * done)
-        anchors, targets = network(views[1][..., 16:, 16:]), target(views[0][..., 16:, 16:])
-        found = [pmsn.pmsn_loss(anchors[:, part], targets[:, part], q,
-                                pmsn.power_law_prior(10, 1.0), **options,
-                                sharpening=max(0.25, 0.6 - 0.5 * done))[0]
-                 for q, part in zip(prototypes, (slice(0, 32), slice(32, 64)))]
+# ---- Training ------------------------------------------------------------------------------------
+def plain_training(parameters, loss_of_step, steps, lr_scale, after_step=lambda done: None):
+    """AdamW with the schedule of the learning rate written out, and the norms of the gradients."""
+    optimizer, norms = torch.optim.AdamW(parameters, weight_decay=0.05), []
+    for step in range(steps):
+        done = step / steps
+        lr = 2e-3 * min(1, 0.02 + 20 * done) * (0.55 + 0.45 * math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = lr_scale * lr
         optimizer.zero_grad()
-        sum(found).backward()
-        torch.nn.utils.clip_grad_norm_([prototypes, *network.parameters()], 3.0)
+        loss_of_step(step, done).backward()
+        norm = sum(p.grad.square().sum() for p in parameters).sqrt()
+        for p in parameters:
+            p.grad *= min(1, 3 / (norm.item() + 1e-6))
+        norms.append(norm.item())
         optimizer.step()
-        for slow, fast in zip(target.parameters(), network.parameters()):
-            slow.data = momentum * slow + (1 - momentum) * fast.data
-        last_epoch.append(torch.stack(found).detach())
-    assert len(steps) == 6
-    torch.testing.assert_close(losses, torch.stack(last_epoch[3:]).mean(dim=0).float())
-    for trained, expected in ((model.network, network), (model.target, target)):
-        for name, value in expected.state_dict().items():
-            torch.testing.assert_close(trained.state_dict()[name], value, atol=1e-7, rtol=0)
-    torch.testing.assert_close(model.prototypes, prototypes, atol=1e-7, rtol=0)
+        after_step(done)
+    return norms
+
+
+@pytest.mark.parametrize("any_order, scale", [(False, 5), (True, 5), (True, 20)])
+def test_training_of_heads_equals_a_plain_loop(any_order, scale, monkeypatch):
+    """Six steps of two epochs with both priors: weights, target network, prototypes and losses."""
+    monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 16)
+    # In float64, because Adam turns the rounding of gradients that are 0 into steps.
+    views = torch.randn(2, 48, 6).double()
+    batches, models, start = [], [], mnist_corner.Heads(nn.Linear(6, 128), 1.0, heads=2).double()
+    for parameter in start.parameters():
+        parameter.data *= scale  # Larger weights have smaller gradients, because of BatchNorm.
+    for exponent in (1.0, 0.0):
+        models.append(copy.deepcopy(start))
+        models[-1].prior = pmsn.power_law_prior(5, exponent)
+
+    def two_views(batch):
+        batches.append(batch)
+        return views[:, batch]
+    losses = mnist_corner.train_heads(models, two_views, 2, 48, "", any_order)
+    for epoch in (batches[:3], batches[3:]):
+        assert torch.cat(epoch).sort().values.tolist() == list(range(48))
+    assert not torch.equal(batches[0], batches[3]) and len(batches) == 6
+    for model, exponent, found in zip(models, (1.0, 0.0), losses):
+        network, target, prototypes = (copy.deepcopy(x) for x in (
+            start.network, start.target, start.prototypes))
+        prior, dim, per_step = pmsn.power_law_prior(5, exponent), mnist_corner.DIM, []
+
+        def loss_of_step(step, done):
+            targets, anchors = views[:, batches[step]]
+            targets, anchors = target(targets), network(anchors)
+            each = [pmsn.pmsn_loss(anchors[:, part], targets[:, part], q, prior,
+                                   sharpening=max(0.25, 1 - 1.5 * done), any_order=any_order)[0]
+                    for q, part in zip(prototypes, (slice(0, dim), slice(dim, 2 * dim)))]
+            per_step.append(torch.stack(each).detach())
+            return sum(each)
+
+        def after_step(done):
+            momentum = 0.9 + 0.09 * min(1, 1.5 * done)
+            for slow, fast in zip(target.parameters(), network.parameters()):
+                slow.data = momentum * slow + (1 - momentum) * fast.data
+        parameters = [*network.parameters(), prototypes]
+        norms = plain_training(parameters, loss_of_step, 6, 2.0, after_step)
+        assert min(norms) > 3.2 if scale == 5 else max(norms) < 2.8  # Above 3 they are clipped.
+        torch.testing.assert_close(found, torch.stack(per_step[3:]).mean(dim=0))
+        for trained, expected in ((model.network, network), (model.target, target)):
+            for name, value in expected.state_dict().items():
+                torch.testing.assert_close(trained.state_dict()[name], value, atol=1e-9, rtol=0)
+        torch.testing.assert_close(model.prototypes, prototypes, atol=1e-9, rtol=0)
+
+
+def test_simclr_sees_two_views_of_each_image(monkeypatch):
+    """Each image of a batch is shown twice, and the encoder learns by the loss of SimCLR."""
+    monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 16)
+    images, seen, loss = corner_images("digit"), [], Mock(wraps=pmsn.simclr_loss)
+
+    def view(pairs):
+        seen.append(pairs)
+        return images.render(pairs)
+    monkeypatch.setattr(pmsn, "simclr_loss", loss)
+    pairs = torch.arange(32)[:, None].expand(32, 2) % 10
+    torch.manual_seed(1)
+    untrained = drawings.make_encoder(32)
+    torch.manual_seed(1)
+    encoder = mnist_corner.train_encoder(SimpleNamespace(view=view), pairs, 3, "")
+    assert len(seen) == loss.call_count == 6
+    for epoch in zip(seen[::2], seen[1::2]):
+        for batch in epoch:
+            assert torch.equal(batch[:16], batch[16:])
+        shown = torch.cat([batch[:16, 0] for batch in epoch])
+        assert torch.equal(shown.sort().values, pairs[:, 0].sort().values)
+    for call in loss.call_args_list:
+        first, second = call.args
+        assert first.shape == second.shape == (16, 64) and call.kwargs == {"temperature": 0.2}
+    for old, new in zip(untrained.parameters(), encoder.parameters()):
+        assert not torch.equal(old, new) and not new.requires_grad
+
+
+@pytest.mark.parametrize("any_order", [False, True])
+def test_a_winner_teaches_and_stays_as_it_is(any_order, monkeypatch):
+    """Six steps equal a plain loop, whose targets come from the winner in eval mode."""
+    monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 8)
+    images, seen = corner_images("digit"), []
+
+    def view(pairs):
+        seen.append(images.render(pairs).double())
+        return seen[-1]
+    encoder, head = drawings.make_encoder(32), drawings.make_head(mnist_corner.DIM)
+    head(3 * torch.randn(50, 128) + 1)  # statistics of BatchNorm
+    winner = encoder.double().requires_grad_(False), head.double().eval().requires_grad_(False)
+    q = torch.randn(5, mnist_corner.DIM).double()
+    students = [mnist_corner.make_student(*winner, q.clone(), exponent).double()
+                for exponent in (1.0, 0.0)]
+    starts, before = copy.deepcopy(students), copy.deepcopy(winner)
+    mnist_corner.teach(students, SimpleNamespace(view=view), images.draw(24), 2, "", any_order)
+    assert len(seen) == 12
+    for student, start in zip(students, starts):
+        def loss_of_step(step, done):
+            target_view, anchor_view = seen[2 * step : 2 * step + 2]
+            return pmsn.pmsn_loss(start.head(start.encoder(anchor_view)),
+                                  before[1](before[0](target_view)), q, start.prior,
+                                  sharpening=0.25, any_order=any_order)[0]
+        parameters = [*start.encoder.parameters(), *start.head.parameters()]
+        plain_training(parameters, loss_of_step, 6, 1.0)
+        for name in ("encoder", "head"):
+            trained, expected = (getattr(x, name).state_dict() for x in (student, start))
+            for key in expected:
+                torch.testing.assert_close(trained[key], expected[key], atol=1e-8, rtol=0)
+        for part, old in zip((student.target_encoder, student.target_head), before):
+            for key, value in part.state_dict().items():
+                assert torch.equal(value, old.state_dict()[key]), key
+        assert torch.equal(student.prototypes, q)
 
 
 # ---- Fairness ------------------------------------------------------------------------------------
-def test_both_windows_and_all_priors_get_the_same_weights_and_views(run, monkeypatch):
+def test_both_priors_get_the_same_weights_and_views(run, monkeypatch):
+    """Heads, and students, whose teachers are the winners of their own prior."""
+    judge, winners, best = mnist_corner.judge, [], (1, 2)
+
+    def loss_prefers(model, losses, *data):
+        """The head with the lowest loss is another one for each prior."""
+        losses[best[len(winners)]] = 0.001
+        winners.append(model)
+        return judge(model, losses, *data)
     steps = spy(monkeypatch)
-    run("digit")
-    # Two steps of four networks, then two steps of two networks on whole images.
-    assert [step[:2] for step in steps[:4]] == [
-        (exponent, window) for exponent in (1.0, 0.0) for window in WINDOWS[:2]]
-    for step in steps[1:4]:
-        assert torch.equal(step[2], steps[0][2])
-    for i in (0, 4):
-        assert all(torch.equal(step[3], steps[i][3]) for step in steps[i : i + 4])
-    assert torch.equal(steps[8][3], steps[9][3]) and steps[8][1] == mnist_corner.WHOLE
-    assert not torch.equal(steps[4][2], steps[6][2])  # after a step the prior has acted
-    assert not torch.equal(steps[8][2], steps[10][2])  # whole images train too
+    monkeypatch.setattr(mnist_corner, "judge", loss_prefers)
+    records = run("digit")
+    priors = [pmsn.power_law_prior(5, exponent) for exponent in (0.0, 1.0)]
+    for name, parts in steps.items():
+        assert len(parts) == 4
+        first, second, *later = parts
+        assert torch.equal(first[1], second[1])
+        assert not torch.equal(later[0][1], later[1][1])  # After a step the prior has acted.
+        for (one, _, views), (other, _, same) in (parts[:2], later):
+            assert torch.equal(views, same) and not torch.equal(views[0], views[1])
+            for model, prior in zip((one, other), priors):
+                torch.testing.assert_close(model.prior, prior)
+        assert not torch.equal(first[2], later[0][2])
+    for i, (model, *_) in enumerate(steps["students"][:2]):
+        assert torch.equal(model.prototypes, winners[i].prototypes[best[i]])
+        features = torch.randn(5, 128)
+        torch.testing.assert_close(model.target_head(features), winners[i].head(best[i])(features))
+        assert records[i]["results"]["loss"] == pytest.approx(0.001)
+        heads = records[i]["heads"]
+        assert [head["loss"] for head in heads].index(min(h["loss"] for h in heads)) == best[i]
+
+
+def test_heads_see_views_of_the_same_images(run, monkeypatch):
+    """Their inputs are cached features, of two of the views, which are the encoder's."""
+    monkeypatch.setattr(mnist_corner.CornerImages, "render", lambda images, pairs: pairs.float())
+    monkeypatch.setattr(mnist_corner, "DISAGREE", 0.0)
+    monkeypatch.setattr(mnist_corner, "judge", Mock(side_effect=KeyboardInterrupt))
+    seen = []
+
+    class Encoder(nn.Module):
+        """Features are the pair itself, and the number of the call. So two views differ."""
+        def forward(self, pairs):
+            seen.append(len(pairs))
+            return torch.cat([pairs, torch.full((len(pairs), 126), float(len(seen)))], dim=1)
+    monkeypatch.setattr(mnist_corner, "train_encoder", lambda *args: Encoder())
+    steps = spy(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run("digit")
+    assert sum(seen) == mnist_corner.CACHED_VIEWS * 2 * BATCH
+    for _, _, (first, second) in steps["heads"]:
+        assert torch.equal(first[:, :2], second[:, :2]) and first[:, 1].std() > 0.5
+        assert (first[:, 2] != second[:, 2]).all()
+
+
+def other_labels(labels):
+    """The same groups of digits with other labels, among the first five and among the others."""
+    return torch.where(labels < 5, 4 - labels, 14 - labels)
 
 
 def test_no_label_trains(run, monkeypatch):
     """Here the digits are balanced, so that their labels do not matter for the choice of images."""
     steps, load_digits = spy(monkeypatch), mnist_corner.load_digits
     first = run("background")
-
-    def other_labels(args):
-        return [(images, 9 - labels) for images, labels in load_digits(args)]
-    monkeypatch.setattr(mnist_corner, "load_digits", other_labels)
+    monkeypatch.setattr(mnist_corner, "load_digits", lambda args: [
+        (images, other_labels(labels)) for images, labels in load_digits(args)])
     second = run("background")
-    assert len(steps) == 24
-    for one, other in zip(steps[:12], steps[12:]):
-        assert all(torch.equal(x, y) for x, y in zip(one[2:], other[2:]))
-    assert [record["tries"] for record in first] == [record["tries"] for record in second]
+    for parts in steps.values():
+        assert len(parts) == 8
+        for one, other in zip(parts[:4], parts[4:]):
+            assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+    for one, other in zip(first, second):
+        assert one["results"] == pytest.approx(other["results"], nan_ok=True)
 
 
-def test_an_ordinary_run_has_one_network_on_whole_images(run, monkeypatch):
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_the_prior_has_a_fixed_order_only_if_asked(fixed_order, run, monkeypatch):
+    """For heads and students of both priors, in two steps each."""
+    loss, found = pmsn.pmsn_loss, []
+
+    def watched(*arguments, any_order=False, **options):
+        found.append(any_order)
+        return loss(*arguments, any_order=any_order, **options)
+    monkeypatch.setattr(pmsn, "pmsn_loss", watched)
+    run("digit", fixed_order=fixed_order)
+    assert found == 8 * [not fixed_order]
+
+
+def test_in_joint_training_the_encoders_learn_and_nothing_teaches(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(pmsn, "simclr_loss", Mock(side_effect=AssertionError("no SimCLR")))
     steps = spy(monkeypatch)
-    records = run("background", ordinary=True, tries=1)
-    assert [window for _, window, _, _ in steps] == [mnist_corner.WHOLE] * 8
-    assert [record["chosen"] for record in records] == ["whole", "whole"]
-    # The second part continues with the weights of the first one, which is no new initialization.
-    assert not torch.equal(steps[4][2], steps[0][2])
+    records = run("digit", joint=True)
+    first, second, *later = steps["heads"]
+    assert len(later) == 2 and not steps["students"] and not list(tmp_path.glob("*.pt"))
+    assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
+    assert first[2].shape == (2, BATCH, 1, 32, 32)
+    torch.manual_seed(0)
+    untrained = drawings.make_encoder(32)
+    for model in (first[0], second[0]):
+        moved = [(trained - old).abs().max() for trained, old in zip(
+            model.network[0].parameters(), untrained.parameters())]
+        assert 1e-5 < min(moved) and max(moved) < 0.02
+    for model, record in zip((first[0], second[0]), records):
+        assert len(record["heads"]) == 3 and record["results"]["loss"] == min(
+            head["loss"] for head in record["heads"])
+        assert not any(name.startswith("student") for name in record["results"])
 
 
 # ---- Measures ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("of_classes, of_prior", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
-def test_reference_losses_against_numpy(of_classes, of_prior, monkeypatch):
-    """In the exact grouping only the KL counts, in batches of 256 images."""
-    search, tables = mnist_corner.find_grouping, []
-
-    def search_once(*shares_and_prior):  # which are the same for both orders
-        tables[:] = tables or [search(*shares_and_prior)]
-        return tables[0]
-    monkeypatch.setattr(mnist_corner, "find_grouping", search_once)
-    monkeypatch.setattr(search, "__defaults__", (25, 400))  # fewer tries
-    for any_order in (False, True):
-        rng, prior, expected = np.random.default_rng(0), power_law(of_prior), []
-        for _ in range(1000):
-            shares = rng.multinomial(256, power_law(of_classes)) / 256
-            if any_order:
-                shares, prior = np.sort(shares), np.sort(prior)
-            expected.append(np.sum(shares[shares > 0] * np.log((shares / prior)[shares > 0])))
-        losses = mnist_corner.reference_losses(of_classes, of_prior, any_order)
-        assert losses["exact"] == pytest.approx(np.mean(expected), abs=0.006)
-        # The exact grouping is one of all groupings, and the best one if it fits the prior.
-        assert losses["lowest"] <= losses["exact"]
-        assert (losses["lowest"] > losses["exact"] - 0.03) == (of_classes == of_prior)
+@pytest.mark.parametrize("prototypes, classes", [(5, 10), (5, 5), (3, 10), (1, 4)])
+def test_information_against_scikit_learn(prototypes, classes):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=500)
+    for groups in (rng.integers(prototypes, size=500), labels * 3 % prototypes, labels % 2 * 4):
+        found = mnist_corner.information(torch.from_numpy(groups), torch.from_numpy(labels))
+        assert found == pytest.approx(mutual_info_score(groups, labels), abs=1e-9)
 
 
-def partitions(total, largest):
-    """All ways to write `total` as a sum of numbers, the largest first."""
-    if total == 0:
-        yield []
-    for first in range(min(total, largest), 0, -1):
-        for rest in partitions(total - first, first):
-            yield [first, *rest]
+def test_each_head_is_judged_by_its_own_prototypes():
+    """Head 0 groups by the digit, head 1 by nothing, and head 2 by the background."""
+    model = mnist_corner.Heads(nn.Identity(), 0.0, heads=3)
+    model.prototypes.data = torch.stack([torch.eye(5, mnist_corner.DIM).roll(i, 1)
+                                         for i in range(3)])
+    model.target = nn.BatchNorm1d(3 * mnist_corner.DIM, affine=False)  # 1 : 1 in eval mode
+    labels = {"digit": torch.arange(500) % 5, "background": torch.arange(500) // 5 % 5}
+    chosen = [labels["digit"], torch.zeros(500, dtype=torch.long), (labels["background"] + 2) % 5]
+    images = torch.cat([7 * q[index] for q, index in zip(model.prototypes, chosen)], dim=1)
+    found = mnist_corner.judge(model, torch.tensor([0.3, 0.1, 0.2]), images, labels)
+    expected = [(0.3, math.log(5), 0), (0.1, 0, 0), (0.2, 0, math.log(5))]
+    for head, values in zip(found, expected, strict=True):
+        assert list(head.values()) == pytest.approx(list(values), abs=1e-6)
+        assert list(head) == ["loss", *FEATURES]
 
 
-def test_a_better_grouping_than_all_that_put_whole_classes_together():
-    """Merging balanced classes gives the sizes of a partition of 10, and costs only its KL."""
-    prior, balanced = pmsn.power_law_prior(10, 1.0), pmsn.power_law_prior(10, 0.0)
-    merged = min(sum(x / 10 * math.log(x / 10 / prior[i]) for i, x in enumerate(sizes))
-                 for sizes in partitions(10, 10))
-    table = mnist_corner.find_grouping(balanced, prior).double()
-    p = table.softmax(dim=1).numpy()
-    sharp = p**4 / (p**4).sum(axis=1, keepdims=True)
-    p_bar = p.mean(axis=0)
-    loss = np.mean(-np.sum(sharp * np.log(p), axis=1))
-    loss += np.sum(p_bar * np.log(p_bar / prior.numpy()))
-    assert 0.5 * merged < loss < merged
-    for any_order in (False, True):  # in exact batches the order is already the best one
-        found = mnist_corner.loss_of_grouping(table, balanced[None].double(), prior.double(),
-                                              any_order)
-        assert found.item() == pytest.approx(loss, abs=1e-6)
+def test_the_winner_and_the_best_heads_of_each_feature_by_hand():
+    rows = [(0.5, 1.0, 0.2), (0.3, 0.1, 0.9), (0.2, 0.4, 0.4), (0.4, 0.8, 0.3), (0.6, 0.9, 0.0)]
+    heads = [dict(zip(("loss", *FEATURES), row)) for row in rows]
+    assert mnist_corner.sum_up(heads) == pytest.approx({
+        "loss": 0.2, "digit": 0.4, "background": 0.4, "difference": 0.0,
+        "share_of_digit_heads": 0.6, "best_digit_loss": 0.4, "best_background_loss": 0.2})
+    alone = mnist_corner.sum_up(heads[:1])
+    assert alone["best_digit_loss"] == 0.5 and math.isnan(alone["best_background_loss"])
+    alone = mnist_corner.sum_up(heads[1:2])
+    assert math.isnan(alone["best_digit_loss"]) and alone["best_background_loss"] == 0.3
+    assert alone["share_of_digit_heads"] == 0 and alone["difference"] == pytest.approx(-0.8)
+
+
+def test_representations_by_hand():
+    """Each network in eval mode, and predictions at the temperature of the loss."""
+    encoder, head = nn.Sequential(nn.Linear(6, 128), nn.Dropout()), drawings.make_head(8)
+    head(2 * torch.randn(50, 128) + 1)  # statistics of BatchNorm
+    prototypes, images = torch.randn(5, 8), torch.randn(30, 6)
+    mean, var = head[1].running_mean.clone(), head[1].running_var.clone()
+    found = mnist_corner.represent(encoder, head, prototypes, images)
+    features = images @ encoder[0].weight.T + encoder[0].bias
+    projections = (features @ head[0].weight.T + head[0].bias - mean) / (var + 1e-5).sqrt()
+    assert list(found) == ["encoder", "projection", "prediction"]
+    torch.testing.assert_close(found["encoder"], features)
+    torch.testing.assert_close(found["projection"], projections, atol=1e-5, rtol=1e-4)
+    z, q = (x.detach().double().numpy() for x in (projections, prototypes))
+    for row, predicted in zip(z, found["prediction"]):
+        cosines = [row @ k / np.linalg.norm(row) / np.linalg.norm(k) for k in q]
+        p = np.exp(10 * np.array(cosines))
+        np.testing.assert_allclose(predicted, p / p.sum(), atol=1e-4)
+
+
+def test_neighbors_by_hand():
+    """The share of the 10 nearest of 40 images, without the image itself."""
+    representations = {"encoder": torch.randn(40, 7), "prediction": torch.rand(40, 5)}
+    labels = {"digit": torch.randint(3, (40,)), "background": torch.randint(2, (40,))}
+    found = mnist_corner.neighbors("winner", representations, labels)
+    for (name, x), what in itertools.product(representations.items(), FEATURES):
+        x, same = x.double().numpy(), []
+        for i in range(40):
+            cosines = {j: x[i] @ x[j] / np.linalg.norm(x[j]) for j in range(40) if j != i}
+            nearest = sorted(cosines, key=cosines.get)[-10:]
+            same += [labels[what][j] == labels[what][i] for j in nearest]
+        assert found.pop(f"winner_{name}_{what}") == pytest.approx(np.mean(same))
+    assert not found
+
+
+# ---- What a loss could be at best ----------------------------------------------------------------
+def table_loss(logits, two_views, prior, sharpening=0.25, of_target=None):
+    """The loss of PMSN by a loop over all pairs of classes that two views can show, in NumPy."""
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    q = p if of_target is None else of_target
+    q = q ** (1 / sharpening) / (q ** (1 / sharpening)).sum(axis=1, keepdims=True)
+    loss, p_bar = 0.0, 0.0
+    for i, j in np.ndindex(*two_views.shape):
+        loss -= two_views[i, j] * (q[i] * np.log(p[j])).sum()
+        p_bar = p_bar + two_views[i, j] * p[j]
+    # The largest share of the prior goes to the prototype that is used most, and so on.
+    return loss + (np.sort(p_bar) * np.log(np.sort(p_bar) / np.sort(prior))).sum()
+
+
+@pytest.mark.parametrize("sharpening", [0.25, 0.7])
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_loss_of_a_table_against_numpy(sharpening, exponent):
+    """And its gradient against differences. The targets are constants."""
+    rng = np.random.default_rng(0)
+    logits, prior = rng.normal(size=(6, 4)), power_law(4, exponent)
+    two_views = rng.random((6, 6))
+    two_views = (two_views + two_views.T) / (two_views + two_views.T).sum()
+    table = torch.from_numpy(logits).requires_grad_()
+    loss = mnist_corner.loss_of_table(table, torch.from_numpy(two_views), torch.from_numpy(prior),
+                                      sharpening)
+    assert loss.item() == pytest.approx(table_loss(logits, two_views, prior, sharpening), abs=1e-9)
+    loss.backward()
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for place in np.ndindex(6, 4):
+        change = np.zeros((6, 4))
+        change[place] = 1e-5
+        slope = (table_loss(logits + change, two_views, prior, sharpening, p)
+                 - table_loss(logits - change, two_views, prior, sharpening, p)) / 2e-5
+        assert table.grad[place].item() == pytest.approx(slope, abs=1e-8)
+
+
+def test_the_loss_of_a_table_is_the_loss_of_its_images():
+    """200 images, as often as the table says, with embeddings that give its predictions."""
+    two_views = torch.tensor([[80.0, 10, 0], [10, 40, 5], [0, 5, 50]])
+    embeddings = nn.functional.normalize(torch.randn(3, 6).double())
+    prototypes, prior = torch.randn(4, 6).double(), pmsn.power_law_prior(4, 1.0)
+    first, second = (torch.tensor([pair[view] for pair in np.ndindex(3, 3)
+                                   for _ in range(int(two_views[pair]))]) for view in (0, 1))
+    expected, _ = pmsn.pmsn_loss(embeddings[second], embeddings[first], prototypes, prior,
+                                 any_order=True)
+    logits = pmsn.log_predictions(embeddings, prototypes, 0.1)
+    found = mnist_corner.loss_of_table(logits, two_views.double() / 200, prior.double())
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("disagree", [0.0, 0.05, 1.0])
+def test_two_views_by_enumeration(disagree):
+    """Over the class of the image, and what each view shows in its place, if anything."""
+    shares = power_law(4)
+    expected = np.zeros((4, 4))
+    shown = [(None, 1 - disagree), *((k, disagree * share) for k, share in enumerate(shares))]
+    for label, (first, p_first), (second, p_second) in itertools.product(range(4), shown, shown):
+        place = label if first is None else first, label if second is None else second
+        expected[place] += shares[label] * p_first * p_second
+    np.testing.assert_allclose(mnist_corner.two_views_of(torch.from_numpy(shares), disagree),
+                               expected, atol=1e-7)
+
+
+def test_groups_by_both_features_cost_nothing_unless_views_disagree(monkeypatch):
+    """So without disagreement no prior prefers a feature. With it, each prior prefers its own.
+
+    Five groups of ten classes cannot have the shares of a prior of both kinds, but groups of the 50
+    pairs of classes can have any shares, nearly.
+    """
+    uniform, steep = mnist_corner.lowest_losses(0.05, None)
+    assert [row["exponent"] for row in (uniform, steep)] == [0.0, 1.0]
+    lowest = uniform["results"]
+    assert lowest["balanced"] + 0.02 < lowest["long_tailed"] < lowest["both"]
+    lowest = steep["results"]
+    assert lowest["long_tailed"] + 0.03 < min(lowest["balanced"], lowest["both"])
+
+    monkeypatch.setattr(mnist_corner.find_grouping, "__defaults__", (20, 300))  # faster
+    for row, fits, other in zip(mnist_corner.lowest_losses(0.0, None),
+                                ("balanced", "long_tailed"), ("long_tailed", "balanced")):
+        lowest = row["results"]
+        assert lowest["both"] < lowest[fits] + 0.01 and lowest["both"] < 0.01
+        assert lowest[other] > 0.04
+
+
+@pytest.mark.parametrize("disagree", [0.0, 0.05])
+def test_a_grouping_by_both_features_can_ignore_one(disagree):
+    """It is the table of the other one, and has its loss. A search from random tables misses it."""
+    long_tailed, balanced = (mnist_corner.two_views_of(pmsn.power_law_prior(n, exponent), disagree)
+                             for n, exponent in ((10, 1.0), (5, 0.0)))
+    both, prior = torch.kron(long_tailed, balanced), pmsn.power_law_prior(5, 1.0)
+    of_long_tailed, of_balanced = torch.randn(10, 5), torch.randn(5, 5)
+    for table, two_views, wide in (
+            (of_long_tailed, long_tailed, of_long_tailed.repeat_interleave(5, dim=0)),
+            (of_balanced, balanced, of_balanced.repeat(10, 1))):
+        torch.testing.assert_close(mnist_corner.loss_of_table(wide, both, prior),
+                                   mnist_corner.loss_of_table(table, two_views, prior))
 
 
 # ---- Figures and whole runs ----------------------------------------------------------------------
-def test_the_titles_count_what_the_figures_show(monkeypatch):
-    suptitle = Mock()
-    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", suptitle)
-    tiles = {"images": torch.zeros(5, 9, 1, 32, 32), "digit": torch.zeros(5, 9),
-             "background": torch.zeros(5, 9)}
-    records, pictures = [], {}
-    for long_tailed in ("digit", "background"):
-        for exponent in (0.0, 1.0):
-            pictures[long_tailed, exponent] = tiles
-            # The power law always encodes the digit, which is wrong once. Uniform is always right.
-            encoded = "digit" if exponent or long_tailed == "background" else "background"
-            found = {"same_digit": 0.2, "same_background": 0.2, f"same_{encoded}": 0.9,
-                     "digit_loss": 0.2, "background_loss": 0.3}
-            records.append({"long_tailed": long_tailed, "exponent": exponent, "seed": 0,
-                            "chosen": encoded, "results": found,
-                            "tries": {"digit": [0.2, 0.3], "background": [0.3, 0.4]}})
-    summary = results.summarize(records, key=lambda x: (x["long_tailed"], x["exponent"]))
-    mnist_corner.plot_neighbors(pictures, summary)
-    assert suptitle.call_args.args[0].startswith("In 3 of 4 panels")
-    mnist_corner.plot_preference(records, {})
-    assert suptitle.call_args.args[0].startswith("3 of 4 times (n = 1 seeds)")
+def made_up_runs(differences, contrasts=(0.4,)):
+    """Runs of seeds 0, 1 ... with these differences {(long_tailed, exponent): one per seed}."""
+    return [{"seed": seed, "long_tailed": long_tailed, "exponent": exponent, "contrast": contrast,
+             "results": {"difference": contrast / 0.4 * difference, "loss": 0.3,
+                         "student_prediction_digit": 0.25, "student_prediction_background": 0.75},
+             "heads": [{"loss": 0.3, "digit": 1.0, "background": 0.5}]}
+            for (long_tailed, exponent), values in differences.items()
+            for seed, difference in enumerate(values) for contrast in contrasts]
+
+
+DIFFERENCES = {("digit", 0.0): (-1.0, -0.5, 0.2), ("digit", 1.0): (1.5, 1.0, 0.5),
+               ("background", 0.0): (0.75, 0.5, 1.0), ("background", 1.0): (-0.5, 0.25, -1.0)}
+
+
+def test_who_is_right_and_how_far_a_winner_moves_by_hand():
+    runs = made_up_runs(DIFFERENCES)
+    assert [mnist_corner.is_right(run) for run in runs] == [
+        True, True, False, True, True, True, True, True, True, True, False, True]
+    runs = runs[::-1]  # Seeds are matched, in any order.
+    assert sorted(mnist_corner.interactions(runs, 0.0)) == pytest.approx([-1.75, -1.0, -0.8])
+    assert sorted(mnist_corner.interactions(runs, 1.0)) == pytest.approx([0.75, 1.5, 2.0])
+
+
+def texts_of(figure):
+    """All titles of a figure."""
+    return [text.get_text() for text in (figure._suptitle, figure._supxlabel) if text] + [
+        ax.get_title() for ax in figure.axes]
+
+
+def test_the_titles_count_what_the_figures_show():
+    runs = made_up_runs(DIFFERENCES)
+    references = [{"disagree": disagree, "exponent": exponent,
+                   "results": {"long_tailed": 0.1, "balanced": 0.2, "both": 0.3}}
+                  for disagree in (0.0, 0.05) for exponent in (0.0, 1.0)]
+    figure = mnist_corner.plot_preference(runs, references)
+    title, left, right = texts_of(figure)
+    assert "in 10 of 12 cases (n = 3 seeds)" in title
+    assert (left, right) == ("long-tailed digits, balanced backgrounds",
+                             "long-tailed backgrounds, balanced digits")
+    for ax, long_tailed in zip(figure.axes, FEATURES):
+        dots, stars = ([line for line in ax.lines if line.get_marker() == marker]
+                       for marker in ".*")
+        assert [list(line.get_xdata()) for line in dots] == 2 * [3 * [0.5]]
+        for line, exponent in zip(stars, (0.0, 1.0)):
+            assert tuple(line.get_xdata()) == DIFFERENCES[long_tailed, exponent]
+        # A reference without disagreement is not shown. Digits are at the right.
+        found = {(line.get_segments()[0][0, 1], line.get_segments()[0][0, 0] > 0)
+                 for line in ax.collections}
+        assert found == {(0.1, long_tailed == "digit"), (0.2, long_tailed != "digit")}
+
+    rows = torch.arange(9).repeat(5, 1)
+    pictures = {arm: {"images": torch.zeros(5, 9, 1, 32, 32), "digit": rows % 3,
+                      "background": rows % 2} for arm in DIFFERENCES}
+    figure = mnist_corner.plot_neighbors(pictures, runs)
+    texts = texts_of(figure)
+    assert "n = 3 seeds" in texts[1]
+    assert texts[2:] == [f"long-tailed {long_tailed}s, {prior} prior\n"
+                         "neighbors: same digit 0.25, same background 0.75"
+                         for long_tailed in FEATURES for prior in ("uniform", "power-law")]
+    shown = figure.axes[0].images[0].get_array()
+    for column in range(9):  # Its frame is above for the digit, and below for the background.
+        above, below = shown[0, 38 * column + 19], shown[37, 38 * column + 19]
+        if column == 0:
+            assert above.max() == below.max() == 0
+        else:
+            assert (above.argmax() == 1 and above.max() < 0.7) == (column % 3 == 0)
+            assert (below.argmax() == 2 and below.max() < 0.8) == (column % 2 == 0)
+
+
+def test_the_curve_shows_means_and_intervals():
+    runs = made_up_runs(DIFFERENCES, contrasts=(0.8, 0.4))
+    figure = mnist_corner.plot_curve(runs)
+    assert "n = 3 seeds" in texts_of(figure)[0]
+    for ax, long_tailed in zip(figure.axes, FEATURES):
+        for container, exponent in zip(ax.containers, (0.0, 1.0)):
+            line, _, (bars,) = container.lines
+            values = np.outer((1, 2), DIFFERENCES[long_tailed, exponent])
+            half = 4.303 * values.std(axis=1, ddof=1) / math.sqrt(3)
+            assert line.get_xdata().tolist() == [0.4, 0.8]
+            np.testing.assert_allclose(line.get_ydata().astype(float), values.mean(axis=1))
+            bottom, top = np.array([bar[:, 1] for bar in bars.get_segments()]).T
+            np.testing.assert_allclose(top - bottom, 2 * half)
 
 
 def test_two_processes_have_the_bits_of_one(run, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "CONTEXT", multiprocessing.get_context("fork"))
-    monkeypatch.setitem(ARGS, "exponents", (1.0,))
     args, found = SimpleNamespace(**ARGS, out=tmp_path, workers=2), {}
-    results.run_in_processes(short_experiment, [(0, "digit"), (0, "background")], args,
+    jobs = [(0, long_tailed, 0.8) for long_tailed in FEATURES]
+    results.run_in_processes(short_networks, jobs, args,
                              lambda job, runs, seconds: found.update({job[1]: runs}))
     for long_tailed in FEATURES:
-        assert found[long_tailed] == run(long_tailed) and len(found[long_tailed]) == 1
+        # As text, because NaN is not equal to itself.
+        assert json.dumps(found[long_tailed]) == json.dumps(run(long_tailed))
+        assert len(found[long_tailed]) == 2
+
+
+@pytest.fixture
+def short_runs(monkeypatch, jobs_here, coarse_figures):
+    monkeypatch.setattr(mnist_corner.find_grouping, "__defaults__", (3, 10))
+    with short():
+        yield
+
+
+def test_a_curve_has_a_figure_of_its_own(tmp_path, short_runs, monkeypatch, capsys):
+    monkeypatch.setattr(mnist_corner, "CURVE", (0.3, 0.9))
+    teach = Mock()
+    monkeypatch.setattr(mnist_corner, "teach", teach)
+    mnist_corner.main(["--curve", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "curve.png", "lock"}
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"][:-4]
+    assert [(run["long_tailed"], run["contrast"], run["exponent"]) for run in runs] == [
+        *itertools.product(FEATURES, (0.3, 0.9), (0.0, 1.0))]
+    for one, other in zip(runs[:2], runs[2:4]):
+        assert one["results"]["loss"] != other["results"]["loss"]  # The contrast was used.
+    assert not teach.called and not any("student" in name for name in runs[0]["results"])
+    _, _, table = capsys.readouterr().out.split("\n\n")
+    assert len([line for line in table.splitlines() if line.split()[0] in FEATURES]) == 8
+
+
+def test_joint_training_has_no_figure_3(tmp_path, short_runs, monkeypatch):
+    monkeypatch.setattr(mnist_corner, "train_encoder", Mock(side_effect=AssertionError))
+    mnist_corner.main(["--joint", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json", "preference.png", "lock"}
 
 
 def test_a_killed_run_continues_and_draws_its_figures_from_files(
-        tmp_path, jobs_here, coarse_figures, monkeypatch, capsys):
+        tmp_path, short_runs, monkeypatch, capsys):
     """A whole run of two steps per part. It is killed in its second job, and started again."""
-    monkeypatch.setitem(mnist_corner.SYNTHETIC, "images", 512)
-    monkeypatch.setitem(mnist_corner.SYNTHETIC, "epochs", 1)
-    monkeypatch.setattr(mnist_corner.find_grouping, "__defaults__", (5, 20))
-    options = ["--tries", "3", "--out", str(tmp_path)]
-    train, jobs = mnist_corner.train, []
+    options = ["--out", str(tmp_path)]
+    train, trainings = mnist_corner.train, []
 
     def spied_train(*arguments):
-        seed, long_tailed, _ = arguments[-1].split()
-        jobs.append((seed, long_tailed))
-        if len(jobs) == 3:
+        title, = [x for x in arguments if isinstance(x, str)]
+        trainings.append(tuple(title.split()[i] for i in (1, 3)))
+        if len(trainings) == 5:
             raise KeyboardInterrupt
         return train(*arguments)
     monkeypatch.setattr(mnist_corner, "train", spied_train)
     with pytest.raises(SystemExit, match="^130$"):
         mnist_corner.main(options)
-    assert jobs == 2 * [("0", "digit")] + [("0", "background")]
+    parts = ("encoder", "heads", "student")
+    assert trainings == [*itertools.product(["digit"], parts), *itertools.product(
+        ["background"], parts[:2])]
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [run["long_tailed"] for run in runs] == ["digit", "digit"]
     assert not list(tmp_path.glob("*.png"))
 
     capsys.readouterr()
     mnist_corner.main(options)
-    assert jobs[3:] == 2 * [("0", "background")]
-    progress, table, references = (part.splitlines()
-                                   for part in capsys.readouterr().out.split("\n\n"))
-    rows = [line.split() for line in progress[4:]]
-    assert [len(row) for row in rows if row[2] == "first"] == [5 + 4]
-    assert [len(row) for row in rows if row[2] == "second"] == [5 + 2]
-    assert len(table) == 2 + 4 and len({len(line) for line in table[1:]}) == 1  # aligned
-    assert len(references) == 2 + 4 + 1
+    assert trainings[5:] == [*itertools.product(["background"], parts)]
+    progress, lowest, winners = (part.splitlines()
+                                 for part in capsys.readouterr().out.split("\n\n"))
+    rows = [line.split() for line in progress if len(line.split()) > 3]
+    for part, losses in (("encoder", 1), ("heads", 2), ("student", 2)):
+        assert [len(row) - 6 for row in rows if row[3:4] == [part]] == [losses]
+    assert len(lowest) == 2 + 4
+    # The table is aligned.
+    assert len({len(line) for line in winners[1:6]}) == 1
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["runs"][:2] == runs
-    assert [(run["long_tailed"], run["exponent"]) for run in content["runs"]] == [
-        (long_tailed, exponent) for long_tailed in FEATURES for exponent in (0, 1)]
-    assert content["config"]["loss_options"] == {"any_order": True}
-    for run in content["runs"]:
-        # The lower loss goes on, and what its window shows is what the neighbors share.
-        losses = {name: run["results"][f"{name}_loss"] for name in FEATURES}
-        assert run["chosen"] == min(losses, key=losses.get)
-        other = FEATURES[1 - FEATURES.index(run["chosen"])]
-        assert run["results"][f"same_{run['chosen']}"] > 0.9 > 0.5 > run["results"][f"same_{other}"]
-        assert (run["results"]["other_font"] > 0.6) == (run["chosen"] == "digit")
-        model = drawings.make_pmsn(drawings.make_encoder(32), 10, run["exponent"], dim=32)
-        model.load_state_dict(torch.load(tmp_path / "model_{long_tailed}_{exponent:g}_0.pt".format(
-            **run), weights_only=True))
+    runs, last = content["runs"][:4], content["runs"][4:]
+    assert [(run["long_tailed"], run["exponent"]) for run in runs] == [
+        *itertools.product(FEATURES, (0, 1))]
+    assert [(row["disagree"], row["exponent"]) for row in last] == [
+        *itertools.product((0, mnist_corner.DISAGREE), (0, 1))]
+    assert content["config"]["heads"] == 3 and not content["config"]["joint"]
+    assert "contrast" not in content["config"]  # It is in the jobs.
+    right = sum((run["results"]["difference"] > 0)
+                == ((run["long_tailed"] == "digit") == (run["exponent"] == 1)) for run in runs)
+    assert winners[6].endswith(f": {right} of 4")
+    for line, exponent in zip(winners[7:9], (0, 1), strict=True):
+        digit, background = (run["results"]["difference"] for run in runs
+                             if run["exponent"] == exponent)
+        assert f"the winner moves {digit - background:+.2f} nats to the digit" in line
+    for row, run in zip(winners[2:6], runs):
+        assert f"{run['results']['loss']:.3f}" in row.split()
+    for long_tailed in FEATURES:
+        models_are_those_of_the_figure(tmp_path, long_tailed)
     figures = {name: (tmp_path / name).read_bytes() for name in ("neighbors.png", "preference.png")}
     for name in figures:
         assert min(Image.open(tmp_path / name).size) > 300
         (tmp_path / name).unlink()
 
     mnist_corner.main(options)  # Nothing is left to do, and the figures come from the files.
-    assert len(jobs) == 5
+    assert len(trainings) == 8
     assert {name: (tmp_path / name).read_bytes() for name in figures} == figures
     assert json.loads((tmp_path / "results.json").read_text())["runs"] == content["runs"]
 
@@ -441,10 +902,34 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
     assert (tmp_path / "preference.png").read_bytes() == figures["preference.png"]
 
 
+def models_are_those_of_the_figure(folder, long_tailed):
+    """Rows of figure 3 begin with five digits, and go on with ever less similar predictions."""
+    pictures = torch.load(folder / f"pictures_{long_tailed}_0.pt", weights_only=True)
+    models = []
+    for exponent in (0.0, 1.0):
+        model = drawings.make_pmsn(drawings.make_encoder(32), 5, exponent, mnist_corner.DIM)
+        model.load_state_dict(torch.load(folder / f"model_{long_tailed}_{exponent:g}_0.pt",
+                                         weights_only=True))
+        models.append(model.eval())
+        shown = pictures[exponent]
+        with torch.no_grad():
+            z = model.head(model.encoder(shown["images"].flatten(0, 1)))
+            p = pmsn.log_predictions(z, model.prototypes, 0.1).exp().unflatten(0, (5, 9))
+        similarity = nn.functional.cosine_similarity(p, p[:, :1], dim=2)
+        assert (similarity[:, 0] > 1 - 1e-6).all() and (similarity.diff(dim=1) < 1e-6).all()
+        # After so few steps predictions can be equal, and another image can come first.
+        assert len(shown["digit"][:, 0].unique()) >= 3
+    # One encoder for both winners, and a new network for each.
+    first, second = (model.target_encoder.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(models[0].encoder[0].weight, models[1].encoder[0].weight)
+    assert not torch.equal(models[0].encoder[0].weight, first["0.weight"])
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MNIST and CIFAR-10 are not in ../shared/data")
-def test_real_images_end_to_end(run):
+def test_real_images_end_to_end(run, tmp_path):
     real = {"mnist": True, "root": str(SHARED), "backgrounds": str(SHARED / "cifar10" / "test")}
-    images_end_to_end(run, real)
+    images_end_to_end(run, tmp_path, real)
 
 
 def test_images_of_files_end_to_end(run, tmp_path):
@@ -463,20 +948,23 @@ def test_images_of_files_end_to_end(run, tmp_path):
         folder = tmp_path / "backgrounds" / str(i)
         folder.mkdir(parents=True)
         Image.fromarray((255 * grating[0, :32, :32]).byte().numpy()).save(folder / "0.png")
-    images_end_to_end(run, {"mnist": True, "root": str(tmp_path),
-                            "backgrounds": str(tmp_path / "backgrounds")})
+    images_end_to_end(run, tmp_path, {"mnist": True, "root": str(tmp_path),
+                                      "backgrounds": str(tmp_path / "backgrounds")})
 
 
-def images_end_to_end(run, options):
+def images_end_to_end(run, tmp_path, options):
     args = SimpleNamespace(**{**ARGS, **options})
     for images, labels in mnist_corner.load_digits(args):
         assert images.shape == (len(labels), 1, 20, 20) and images.min() == 0 < images.max() <= 1
     assert mnist_corner.load_backgrounds(args).shape == (10, 1, 32, 32)
-    with patch.dict(mnist_corner.MNIST, images=512, epochs=1):
-        records = run("digit", **options)
+    records = run("digit", **options)
     assert len(records) == 2
     for record in records:
-        encoded, other = sorted(FEATURES, key=lambda x: x != record["chosen"])
-        found = record["results"]
-        assert found[f"same_{encoded}"] > 0.4 > 0.2 > found[f"same_{other}"]
-        assert "other_font" not in found
+        assert math.isfinite(record["results"]["loss"]) and len(record["heads"]) == 3
+        # The untrained network already sees some of both features.
+        assert record["results"]["untrained_encoder_digit"] > 0.13
+        assert record["results"]["untrained_encoder_background"] > 0.25
+    for exponent in (0.0, 1.0):
+        model = drawings.make_pmsn(drawings.make_encoder(32), 5, exponent, mnist_corner.DIM)
+        model.load_state_dict(torch.load(tmp_path / f"model_digit_{exponent:g}_0.pt",
+                                         weights_only=True))
