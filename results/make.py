@@ -68,7 +68,7 @@ def take(name, run):
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-PRIORS = {None: "", 0.0: "uniform", 1.0: "power law"}
+PRIORS = {None: "", 0.0: "uniform", 1.0: "power law", 1.25: "power law"}
 
 
 def table_of(runs, by, columns, spread="std"):

@@ -166,8 +166,8 @@ def interval(values):
     if n < 2:
         return np.mean(values), math.nan
     # The 97.5% quantiles of t with 1, 2 ... degrees of freedom. Later ones are near 1.96 + 2.5 / n.
-    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-                 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+                 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
     t = quantiles[n - 2] if n - 2 < len(quantiles) else 1.96 + 2.5 / (n - 1)
     return np.mean(values), t * np.std(values, ddof=1) / math.sqrt(n)
 

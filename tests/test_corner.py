@@ -739,7 +739,7 @@ def texts_of(figure):
 def test_the_titles_count_what_the_figures_show():
     runs = made_up_runs(DIFFERENCES)
     references = [{"disagree": disagree, "exponent": exponent,
-                   "results": {"long_tailed": 0.1, "balanced": 0.2, "both": 0.3}}
+                   "results": {"long_tailed": 0.1, "balanced": 0.2 if disagree else 0, "both": 0.3}}
                   for disagree in (0.0, 0.05) for exponent in (0.0, 1.0)]
     figure = mnist_corner.plot_preference(runs, references)
     title, left, right = texts_of(figure)
@@ -822,15 +822,18 @@ def test_a_curve_has_a_figure_of_its_own(tmp_path, short_runs, monkeypatch, caps
     for one, other in zip(runs[:2], runs[2:4]):
         assert one["results"]["loss"] != other["results"]["loss"]  # The contrast was used.
     assert not teach.called and not any("student" in name for name in runs[0]["results"])
-    _, _, table = capsys.readouterr().out.split("\n\n")
+    output = capsys.readouterr()
+    _, _, table = output.out.split("\n\n")
+    assert output.err == ""  # No other figure was tried.
     assert len([line for line in table.splitlines() if line.split()[0] in FEATURES]) == 8
 
 
-def test_joint_training_has_no_figure_3(tmp_path, short_runs, monkeypatch):
+def test_joint_training_has_no_figure_3(tmp_path, short_runs, monkeypatch, capsys):
     monkeypatch.setattr(mnist_corner, "train_encoder", Mock(side_effect=AssertionError))
     mnist_corner.main(["--joint", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json", "preference.png", "lock"}
+    assert capsys.readouterr().err == ""
 
 
 def test_a_killed_run_continues_and_draws_its_figures_from_files(

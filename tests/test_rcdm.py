@@ -131,6 +131,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     model = SimpleNamespace(prototypes=2 * torch.eye(5, rcdm.DIM))
 
     def draw_images(source, count, balanced=False):
+        draws.append((source.test, balanced))
         digits = torch.arange(5).repeat_interleave(count // 60 * 4 * torch.arange(1, 6))
         background = torch.where(torch.arange(len(digits)) % 4 == 1, 1, 2)
         order = torch.randperm(len(digits))
@@ -151,7 +152,9 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
 
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
-    fakes = {"load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
+    draws = []
+    fakes = {"load_images": lambda corner, test: SimpleNamespace(test=test),
+             "load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
              "train_unet": lambda *args, name: (SimpleNamespace(state_dict=dict), 0.25),
              "project": project, "draw": draw, "draw_images": draw_images, "classify": classify}
     for name, fake in fakes.items():
@@ -160,6 +163,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     record, = rcdm.experiment(0, 1.0, args)
     pictures = torch.load(tmp_path / "pictures_1_0.pt", weights_only=True)
     results = record["results"]
+    assert draws == [(False, False), (True, True)]  # The test images are balanced.
     assert (record["seed"], record["exponent"], results["loss"]) == (0, 1.0, 0.25)
     for name in ("faithfulness", "digit_of_samples", "digit_of_images", "digit_of_nearest",
                  "digit_accuracy", "background_of_nearest"):
@@ -182,9 +186,12 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
     monkeypatch.setattr(mnist_corner, "main", corner)
     monkeypatch.setattr(rcdm.sample, "__defaults__", (1,))  # steps
     monkeypatch.setattr(rcdm, "BATCH_SIZE", 40)
-    draw_images = rcdm.draw_images
-    monkeypatch.setattr(rcdm, "draw_images", lambda source, count, balanced=False:
-                        draw_images(source, count // 5, balanced))
+    draw_images, draws = rcdm.draw_images, set()
+
+    def fewer_images(source, count, balanced=False):
+        draws.add((count, balanced))
+        return draw_images(source, count // 5, balanced)
+    monkeypatch.setattr(rcdm, "draw_images", fewer_images)
     options = ["--quick", "--workers", "2", "--out", str(tmp_path)]
     train_unet, jobs = rcdm.train_unet, []
 
@@ -203,6 +210,8 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
 
     rcdm.main(options)
     assert jobs[2:] == [(0, 0)]
+    # Of the classifier, of the diffusion model, and for the measures.
+    assert draws == {(256, True), (40, False), (10_000, False), (2000, True)}
     content = json.loads((tmp_path / "rcdm.json").read_text())
     runs = content["runs"]
     assert runs[0] == first and [run["exponent"] for run in runs] == [1, 0]
