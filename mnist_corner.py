@@ -13,17 +13,18 @@ group images by the long-tailed feature, and with the uniform prior (MSN) by the
 1. An encoder learns from whole images by SimCLR, without labels, until it holds both features.
 2. For each prior, 96 heads with prototypes of their own learn on this encoder by the loss of PMSN.
    The loss has local minima, as the objective of K-means has, so there are many starts, and the
-   head with the lowest loss wins. What its prototypes tell about digit and background is the result.
-3. The winner teaches a new network from random weights, by the same loss: it gives the targets.
-   The new network learns only what the winner's predictions need. Figure 3 shows its neighbors.
+   head with the lowest loss wins. Its groups are the result: what do they tell about the digit?
+3. The winner teaches a new network from random weights, by the same loss: it gives the targets. The
+   new network learns only what the winner's predictions need. Figure 3 shows its neighbors.
 
-Two things make the question fair. There are twice as many long-tailed classes as prototypes, so
+Two things make it possible to ask. There are twice as many long-tailed classes as prototypes, so
 rare classes share prototypes, as in real data. And the two views of an image sometimes disagree
 (`CornerImages.view`): otherwise groups by a mixture of both features would have any sizes at no
 cost, and no prior would prefer a feature. `lowest_losses` computes this without a network.
 
 No label reaches the training. Ours, and not the paper's: the heads, SimCLR, a small encoder without
-masking, and the prior in any order (`in_order_of` in pmsn.py; --fixed_order turns it off).
+masking, and sharpening that starts at 1. Prototype k has the share k of the prior, as in the paper
+(with --any_order it can have any of the shares).
 --out gets results.json, preference.png (all heads), neighbors.png (figure 3) and the models of
 step 3, and with --curve curve.png.
 """
@@ -104,7 +105,7 @@ class CornerImages:
         backgrounds = load_backgrounds(args)
         self.images = digits, backgrounds
         self.labels = digit_labels, torch.arange(CLASSES)
-        self.exponents = [class_exponent(feature, long_tailed) for feature in LABELS]
+        self.exponents = [EXPONENT if feature == long_tailed else 0.0 for feature in LABELS]
         self.settings = settings
 
     def draw(self, count, balanced=False):
@@ -140,18 +141,14 @@ class CornerImages:
         return dict(zip(LABELS, (labels[index] for labels, index in zip(self.labels, pairs.T))))
 
 
-def class_exponent(feature, long_tailed):
-    return EXPONENT if feature == long_tailed else 0.0
-
-
 # ---- Model ---------------------------------------------------------------------------------------
 class Heads(nn.Module):
     """PMSN with many heads on one encoder. Each head has prototypes of its own."""
-    def __init__(self, encoder, exponent, heads):
+    def __init__(self, encoder, exponent, num_heads):
         super().__init__()
-        self.network = nn.Sequential(encoder, make_head(heads * DIM))
+        self.network = nn.Sequential(encoder, make_head(num_heads * DIM))
         self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.prototypes = nn.Parameter(torch.empty(heads, NUM_PROTOTYPES, DIM).uniform_(-1, 1))
+        self.prototypes = nn.Parameter(torch.empty(num_heads, NUM_PROTOTYPES, DIM).uniform_(-1, 1))
         self.prior = pmsn.power_law_prior(NUM_PROTOTYPES, exponent)
 
     def forward(self, target_view, anchor_view, **loss_options):
@@ -195,7 +192,7 @@ def train(models, losses_of, epochs, num_images, title, lr_scale=1.0, after_step
                 optimizers[i].param_groups[0]["lr"] = lr_scale * schedule(done)[0]
                 optimizers[i].zero_grad()
                 losses.sum().backward()
-                nn.utils.clip_grad_norm_(parameters[i], 3.0)
+                nn.utils.clip_grad_norm_(parameters[i], 3.0)  # the norm of all heads together
                 optimizers[i].step()
                 if after_step:
                     after_step(models[i], done)
@@ -206,13 +203,13 @@ def train(models, losses_of, epochs, num_images, title, lr_scale=1.0, after_step
     return totals
 
 
-def train_encoder(images, pairs, epochs, title):
+def train_encoder(source, pairs, epochs, title):
     """Step 1: an encoder by SimCLR, (B, 1, 32, 32) -> (B, 128)."""
     encoder = make_encoder(SIZE).to(memory_format=torch.channels_last)  # faster on a CPU
     network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, 64))
 
     def losses_of(batch, done):
-        first, second = network(images.view(pairs[batch].repeat(2, 1))).chunk(2)
+        first, second = network(source.view(pairs[batch].repeat(2, 1))).chunk(2)
         return [pmsn.simclr_loss(first, second, temperature=0.2)[0]]
     train([network], losses_of, epochs, len(pairs), title)
     return encoder.requires_grad_(False)
@@ -231,10 +228,10 @@ def train_heads(models, two_views, epochs, num_images, title, any_order):
     return train(models, losses_of, epochs, num_images, title, 2.0, after_step)
 
 
-def teach(students, images, pairs, epochs, title, any_order):
+def teach(students, source, pairs, epochs, title, any_order):
     """Step 3: each student is a new network. Its target network is a winner, which stays."""
     def losses_of(batch, done):
-        views = [images.view(pairs[batch]) for _ in range(2)]
+        views = [source.view(pairs[batch]) for _ in range(2)]
         return [student(views, any_order=any_order)[0] for student in students]
     train(students, losses_of, epochs, len(pairs), title)
 
@@ -251,18 +248,17 @@ def networks(seed, long_tailed, contrast, args):
     torch.manual_seed(seed)
     settings = {**make_settings(args), "contrast": contrast}
     encoder_epochs, head_epochs, student_epochs = settings["epochs"]
-    any_order = not args.fixed_order
-    images = CornerImages(args, long_tailed, settings)
-    pairs = images.draw(settings["images"])
+    source = CornerImages(args, long_tailed, settings)
+    pairs = source.draw(settings["images"])
     title = f"{seed:>4}{long_tailed:>12}{contrast:>10.2f}"
 
     # Steps 1 and 2: an encoder, and many heads for each prior.
     if args.joint:
         def two_views(batch):
-            return [images.view(pairs[batch]) for _ in range(2)]
+            return [source.view(pairs[batch]) for _ in range(2)]
     else:
-        encoder = train_encoder(images, pairs, encoder_epochs, f"{title}  encoder")
-        views = [torch.cat([encoder(images.view(part)) for part in pairs.split(512)])
+        encoder = train_encoder(source, pairs, encoder_epochs, f"{title}  encoder")
+        views = [torch.cat([encoder(source.view(chunk)) for chunk in pairs.split(512)])
                  for _ in range(CACHED_VIEWS)]  # features (N, 128) of all images
 
         def two_views(batch):
@@ -272,10 +268,12 @@ def networks(seed, long_tailed, contrast, args):
         torch.manual_seed(seed)  # Both priors get the same weights.
         first = make_encoder(SIZE) if args.joint else nn.Identity()
         models.append(Heads(first, exponent, settings["heads"]))
-    losses = train_heads(models, two_views, head_epochs, len(pairs), f"{title}    heads", any_order)
+    losses = train_heads(models, two_views, head_epochs, len(pairs), f"{title}    heads",
+                         args.any_order)
 
-    # What the heads know. Prototypes were trained for long-tailed shares, so they are judged on
-    # images with these. For neighbors, all classes are equally frequent.
+    # What the heads know of new images, which all show their own digit and background. Prototypes
+    # were trained for long-tailed shares, so they are judged on images with these. For neighbors,
+    # all classes are equally frequent.
     torch.manual_seed(seed)
     test = CornerImages(args, long_tailed, settings, test=True)
     seen, balanced = test.draw(4000), test.draw(2000, balanced=True)
@@ -283,7 +281,7 @@ def networks(seed, long_tailed, contrast, args):
     runs, students = [], []
     for model, exponent, loss in zip(models, PRIORS, losses):
         if not args.joint:
-            model.target[0] = encoder  # in place of nn.Identity
+            model.target[0] = encoder  # From here on, the target network takes images.
         heads, best = judge(model, loss, *seen), int(loss.argmin())
         winner = model.target[0], model.head(best), model.prototypes[best].detach()
         results = sum_up(heads) | neighbors("winner", represent(*winner, balanced[0]), balanced[1])
@@ -296,7 +294,7 @@ def networks(seed, long_tailed, contrast, args):
         return runs
 
     # Step 3 and figure 3.
-    teach(students, images, pairs, student_epochs, f"{title}  student", any_order)
+    teach(students, source, pairs, student_epochs, f"{title}  student", args.any_order)
     torch.manual_seed(seed)
     untrained = represent(make_encoder(SIZE), make_head(DIM), students[0].prototypes, balanced[0])
     _, queries = np.unique(balanced[1]["digit"], return_index=True)
@@ -399,6 +397,8 @@ def lowest_losses(disagree, args):
 
     We search by gradient descent over tables that give each class, or each pair of classes, any
     logits. Nothing is learned here. `disagree` is the probability that a view shows another class.
+    A table of pairs can also ignore a feature, so the lowest loss of "both" cannot be above the
+    others. The search does not find this from random tables, and ends in mixtures.
     """
     long_tailed = two_views_of(pmsn.power_law_prior(CLASSES, EXPONENT), disagree)  # (10, 10)
     balanced = two_views_of(pmsn.power_law_prior(NUM_PROTOTYPES, 0.0), disagree)  # (5, 5)
@@ -439,7 +439,7 @@ def loss_of_table(logits, two_views, prior, sharpening=0.25):
     p_target = pmsn.sharpen(log_p, sharpening).exp().detach()
     p_bar = two_views.sum(dim=1) @ log_p.exp()  # (K,)
     cross_entropy = -(two_views * (p_target @ log_p.T)).sum()
-    log_prior = pmsn.in_order_of(p_bar, prior.log())
+    log_prior = pmsn.in_order_of(p_bar, prior.log())  # The numbers of the columns are arbitrary.
     return cross_entropy + (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum()
 
 
@@ -490,11 +490,12 @@ def plot_preference(runs, references):
             for row in references:
                 if row["disagree"] and row["exponent"] == exponent:
                     # Groupings by the digit alone are at the right, by the background at the left.
-                    for grouping, side in (("long_tailed", 1), ("balanced", -1)):
-                        side *= 1 if long_tailed == "digit" else -1
-                        ax.hlines(row["results"][grouping], 0.9 * side, 1.7 * side, color, ":",
-                                  label=f"{name}: the lowest that a search without a network finds"
-                                  if side > 0 else None)
+                    left, right = row["results"]["balanced"], row["results"]["long_tailed"]
+                    if long_tailed == "background":
+                        left, right = right, left
+                    ax.hlines(left, -1.7, -0.9, color, ":")
+                    ax.hlines(right, 0.9, 1.7, color, ":",
+                              label=f"{name}: the lowest that a search without a network finds")
         ax.axvline(0, color="gray", linewidth=0.8)
         ax.set(title=f"long-tailed {long_tailed}s, balanced {should_win(long_tailed, 0.0)}s",
                xlabel="information of the prototypes on the digit minus on the background (nats)")
@@ -571,7 +572,7 @@ def main(argv=None):
     add("--curve", action="store_true", help="five contrasts of the background, without figure 3")
     add("--joint", action="store_true",
         help="no SimCLR: each prior trains its encoder and heads together, without figure 3")
-    add("--fixed_order", action="store_true", help="share k for prototype k, as in the paper")
+    add("--any_order", action="store_true", help="share k can go to any prototype: not the paper's")
     add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
     add("--quick", action="store_true", help="fewer images, epochs and heads, in 15 seconds")
     args = parser.parse_args(argv)

@@ -122,9 +122,8 @@ def corner_runs(name):
 
 def corner(*names):
     """A row per file and prior: what the winners know, and how the long-tailed feature moves it."""
-    titles = {"corner": "as above", "corner_fixed_order": "`--fixed_order`",
-              "corner_joint": "`--joint`", "corner_joint_fixed_order": "`--joint --fixed_order`",
-              "corner_mnist": "`--mnist`"}
+    titles = {"corner": "heads on one encoder", "corner_any_order": "... prior in any order",
+              "corner_joint": "`--joint`", "corner_joint_any_order": "... prior in any order"}
     rows = []
     for name in names:
         runs = corner_runs(name)
@@ -316,8 +315,8 @@ TABLES = {
     "kmeans": (kmeans, ["kmeans"]),
     "kmeans_shares": (kmeans_shares, ["kmeans"]),
     "corner": (corner, ["corner"]),
-    "corner_variants": (corner, ["corner", "corner_fixed_order", "corner_joint",
-                                 "corner_joint_fixed_order"]),
+    "corner_variants": (corner, ["corner", "corner_any_order", "corner_joint",
+                                 "corner_joint_any_order"]),
     "corner_bounds": (corner_bounds, ["corner"]),
     "corner_heads": (corner_heads, ["corner"]),
     "corner_neighbors": (corner_neighbors, ["corner"]),

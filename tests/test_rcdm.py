@@ -92,8 +92,8 @@ def test_a_model_trained_on_two_projections_draws_the_right_image():
 
 def test_projections_are_those_of_the_new_network(models):
     """Of encoder and head with their running statistics, and not of the target network."""
-    path = models / "model_digit_1_0.pt"
-    model, state = rcdm.load_pmsn(path, 1.0), torch.load(path, weights_only=True)
+    path = models / "model_digit_1.25_0.pt"
+    model, state = rcdm.load_pmsn(path, 1.25), torch.load(path, weights_only=True)
     images = torch.rand(1100, 1, 32, 32)  # in two parts
     mean, var = state["head.1.running_mean"], state["head.1.running_var"]
     for name, equal in (("", True), ("target_", False)):
@@ -118,7 +118,7 @@ def test_images_show_what_their_labels_say(models):
         digits, backgrounds = rendered.pop().T  # The images of the ten digits are in their order.
         assert torch.equal(labels["digit"], digits) and images.shape == (5000, 1, 32, 32)
         assert torch.equal(labels["background"], backgrounds)
-        shares = np.ones(10) if balanced else 1 / np.arange(1, 11)
+        shares = np.ones(10) if balanced else np.arange(1, 11) ** -1.25
         np.testing.assert_allclose(digits.bincount() / 5000, shares / shares.sum(), atol=0.03)
         np.testing.assert_allclose(backgrounds.bincount() / 5000, 5 * [0.2], atol=0.03)
 
@@ -160,11 +160,11 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(rcdm, name, fake)
     args = SimpleNamespace(corner=ARGS, models=tmp_path, out=tmp_path, steps=10, samples=8)
-    record, = rcdm.experiment(0, 1.0, args)
-    pictures = torch.load(tmp_path / "pictures_1_0.pt", weights_only=True)
+    record, = rcdm.experiment(0, 1.25, args)
+    pictures = torch.load(tmp_path / "pictures_1.25_0.pt", weights_only=True)
     results = record["results"]
     assert draws == [(False, False), (True, True)]  # The test images are balanced.
-    assert (record["seed"], record["exponent"], results["loss"]) == (0, 1.0, 0.25)
+    assert (record["seed"], record["exponent"], results["loss"]) == (0, 1.25, 0.25)
     for name in ("faithfulness", "digit_of_samples", "digit_of_images", "digit_of_nearest",
                  "digit_accuracy", "background_of_nearest"):
         assert results[name] == pytest.approx(1), name
@@ -203,7 +203,7 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
     monkeypatch.setattr(rcdm, "train_unet", spied_train)
     with pytest.raises(SystemExit, match="^130$"):
         rcdm.main(options)
-    assert jobs == [(0, 1), (0, 0)] and not list(tmp_path.glob("*.png"))
+    assert jobs == [(0, 1.25), (0, 0)] and not list(tmp_path.glob("*.png"))
     flags = ["--workers", "2", "--quick"]
     corner.assert_called_once_with(["--out", str(folder), "--seeds", "0", *flags])
     first, = json.loads((tmp_path / "rcdm.json").read_text())["runs"]
@@ -214,7 +214,7 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
     assert draws == {(256, True), (40, False), (10_000, False), (2000, True)}
     content = json.loads((tmp_path / "rcdm.json").read_text())
     runs = content["runs"]
-    assert runs[0] == first and [run["exponent"] for run in runs] == [1, 0]
+    assert runs[0] == first and [run["exponent"] for run in runs] == [1.25, 0]
     corner_content = json.loads((folder / "results.json").read_text())
     assert content["config"]["corner"] == corner_content["config"]
     assert runs[0]["shares"] != runs[1]["shares"]
