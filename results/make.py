@@ -136,10 +136,11 @@ def corner(*names):
             mean, half = interval(mnist_corner.interactions(runs, exponent))
             rows.append([*[titles[name]] * (len(names) > 1), PRIORS[exponent], *known,
                          f"{mean:+.2f} ± {half:.2f}",
-                         f"{sum(map(mnist_corner.is_right, arm))} of {len(arm)}"])
+                         f"{sum(map(mnist_corner.fits_prior, arm))} of {len(arm)}",
+                         str(sum(mnist_corner.fits_prior(run, 0.5) for run in arm))])
     return markdown([*["run"] * (len(names) > 1), "prior", "digits long-tailed: nats on digit and "
                      "background", "backgrounds long-tailed", "difference (95% interval)",
-                     "feature that fits the prior"], rows)
+                     "winners that fit the prior", "by more than .5 nats"], rows)
 
 
 def corner_heads(name):

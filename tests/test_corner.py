@@ -724,10 +724,12 @@ DIFFERENCES = {("digit", 0.0): (-1.0, -0.5, 0.2), ("digit", STEEP): (1.5, 1.0, 0
                ("background", 0.0): (0.75, 0.5, 1.0), ("background", STEEP): (-0.5, 0.25, -1.0)}
 
 
-def test_who_is_right_and_how_far_a_winner_moves_by_hand():
+def test_who_fits_the_prior_and_how_far_a_winner_moves_by_hand():
     runs = made_up_runs(DIFFERENCES)
-    assert [mnist_corner.is_right(run) for run in runs] == [
+    assert [mnist_corner.fits_prior(run) for run in runs] == [
         True, True, False, True, True, True, True, True, True, True, False, True]
+    assert [mnist_corner.fits_prior(run, 0.5) for run in runs] == [
+        True, False, False, True, True, False, True, False, True, False, False, True]
     runs = runs[::-1]  # Seeds are matched, in any order.
     assert sorted(mnist_corner.interactions(runs, 0.0)) == pytest.approx([-1.75, -1.0, -0.8])
     assert sorted(mnist_corner.interactions(runs, STEEP)) == pytest.approx([0.75, 1.5, 2.0])
@@ -746,7 +748,7 @@ def test_the_titles_count_what_the_figures_show():
                   for disagree in (0.0, 0.05) for exponent in (0.0, STEEP)]
     figure = mnist_corner.plot_preference(runs, references)
     title, left, right = texts_of(figure)
-    assert "in 10 of 12 cases (n = 3 seeds)" in title
+    assert "10 of 12 cases (n = 3 seeds)" in title
     assert (left, right) == ("long-tailed digits, balanced backgrounds",
                              "long-tailed backgrounds, balanced digits")
     for ax, long_tailed in zip(figure.axes, FEATURES):
