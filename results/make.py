@@ -32,7 +32,6 @@ FIGURES = {
     "kmeans": {"kmeans.png": "kmeans.png", "hidden_prior.png": "hidden_prior.png"},
     "corner": {"neighbors.png": "neighbors.png", "preference.png": "preference.png"},
     "corner_curve": {"curve.png": "corner_curve.png"},
-    "corner_joint": {"preference.png": "corner_joint.png"},
     "rcdm": {"rcdm.png": "rcdm.png"},
     "photographs": {"which_prior.png": "photographs.png"},
     "letters": {"which_prior.png": "letters.png"},
@@ -134,11 +133,11 @@ def corner(*names):
                      f"{summary[which, exponent]['background']['mean']:.2f}"
                      for which in mnist_corner.LABELS]
             mean, half = interval(mnist_corner.interactions(runs, exponent))
-            rows.append([*[titles[name]] * (len(names) > 1), PRIORS[exponent], *known,
+            rows.append([*([titles[name]] if len(names) > 1 else []), PRIORS[exponent], *known,
                          f"{mean:+.2f} ± {half:.2f}",
                          f"{sum(map(mnist_corner.fits_prior, arm))} of {len(arm)}",
                          str(sum(mnist_corner.fits_prior(run, 0.5) for run in arm))])
-    return markdown([*["run"] * (len(names) > 1), "prior", "digits long-tailed: nats on digit and "
+    return markdown([*(["run"] if len(names) > 1 else []), "prior", "digits long-tailed: nats on digit and "
                      "background", "backgrounds long-tailed", "difference (95% interval)",
                      "winners that fit the prior", "by more than .5 nats"], rows)
 
@@ -179,9 +178,11 @@ def rcdm(name):
         "digit_of_samples": "samples with the most frequent digit of their prototype",
         "digit_by_chance": "... by chance",
         "digit_of_images": "... among the real images of the prototype",
+        "digit_of_nearest": "... among the 100 of them that are nearest to it",
         "background_of_samples": "samples with the most frequent background of their prototype",
         "background_by_chance": "... by chance",
         "background_of_images": "... among the real images of the prototype",
+        "background_of_nearest": "... among the 100 of them that are nearest to it",
         "faithfulness": "samples whose own nearest prototype is theirs"}
     return markdown(["", *(PRIORS[exponent] for exponent in summary)],
                     [[title, *(cell(row, measure) for row in summary.values())]
