@@ -287,7 +287,7 @@ def show(ax, images):
 
 def plot_prototypes(pictures, summary):
     """Samples of the prototypes of both models, and what these samples have in common."""
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    figure = Figure(figsize=(12, 4.7), layout="constrained")
     wins = {}
     for ax, (exponent, shown) in zip(figure.subplots(1, 2), pictures.items()):
         # A prototype stands for the feature that its samples share more often than by chance. If
