@@ -103,11 +103,16 @@ def load_backgrounds(args):
     return draw_gratings()
 
 
+def load_images(args, long_tailed, settings):
+    """The images for training and for the test."""
+    backgrounds = load_backgrounds(args)
+    return [CornerImages(*digits, backgrounds, long_tailed, settings)
+            for digits in load_digits(args)]
+
+
 class CornerImages:
     """Random images. Each is a pair of indices, of its digit and of its background: (N, 2)."""
-    def __init__(self, args, long_tailed, settings, test=False):
-        digits, digit_labels = load_digits(args)[int(test)]
-        backgrounds = load_backgrounds(args)
+    def __init__(self, digits, digit_labels, backgrounds, long_tailed, settings):
         self.images = digits, backgrounds
         self.labels = digit_labels, torch.arange(CLASSES)
         self.exponents = [EXPONENT if feature == long_tailed else 0.0 for feature in LABELS]
@@ -222,14 +227,18 @@ def train_heads(models, two_views, epochs, num_images, title, any_order):
     """Step 2: heads with prototypes by PMSN. two_views(batch) gives inputs of the encoders."""
     def losses_of(batch, done):
         views = two_views(batch)
-        # From soft targets on, so that the first clusters can still change.
-        sharpening = max(0.25, 1 - 1.5 * done)
-        return [model(*views, sharpening=sharpening, any_order=any_order) for model in models]
+        options = {"sharpening": sharpening_at(done), "any_order": any_order}
+        return [model(*views, **options) for model in models]
 
     def after_step(model, done):
         _, _, ema_momentum = schedule(done)
         pmsn.move_target(model.target, model.network, ema_momentum)
     return train(models, losses_of, epochs, num_images, title, 2.0, after_step)
+
+
+def sharpening_at(done):
+    """From soft targets on, so that the first clusters can still change."""
+    return max(0.25, 1 - 1.5 * done)
 
 
 def teach(students, source, pairs, epochs, title, any_order):
@@ -252,7 +261,7 @@ def networks(seed, long_tailed, contrast, args):
     torch.manual_seed(seed)
     settings = {**make_settings(args), "contrast": contrast}
     encoder_epochs, head_epochs, student_epochs = settings["epochs"]
-    source = CornerImages(args, long_tailed, settings)
+    source, test = load_images(args, long_tailed, settings)
     pairs = source.draw(settings["images"])
     title = f"{seed:>4}{long_tailed:>12}{contrast:>10.2f}"
 
@@ -279,10 +288,9 @@ def networks(seed, long_tailed, contrast, args):
     # Prototypes were trained for long-tailed shares, so they are judged on images with these. For
     # neighbors, all classes are equally frequent.
     torch.manual_seed(seed)
-    test = CornerImages(args, long_tailed, settings, test=True)
     seen, balanced = test.draw(4000), test.draw(2000, balanced=True)
     seen, balanced = [(test.render(index), test.labels_of(index)) for index in (seen, balanced)]
-    runs, students = [], []
+    runs, winners = [], []
     for model, exponent, loss in zip(models, PRIORS, losses):
         if not args.joint:
             model.target[0] = encoder  # From here on, the target network takes images.
@@ -292,23 +300,26 @@ def networks(seed, long_tailed, contrast, args):
         runs.append({"seed": seed, "long_tailed": long_tailed, "contrast": contrast,
                      "exponent": exponent, "results": results,
                      "heads": [] if args.curve else heads})
-        torch.manual_seed(seed)
-        students.append(make_student(*winner, exponent))
+        winners.append(winner)
     if args.joint or args.curve:
         return runs
 
     # Step 3 and figure 3.
+    students = []
+    for winner, exponent in zip(winners, PRIORS):
+        torch.manual_seed(seed)  # Both priors get the same weights.
+        students.append(make_student(*winner, exponent))
     teach(students, source, pairs, student_epochs, f"{title}  student", args.any_order)
     torch.manual_seed(seed)
     with torch.no_grad():
         untrained = {"encoder": make_encoder(SIZE)(balanced[0])}
+    untrained = neighbors("untrained", untrained, balanced[1])
     _, queries = np.unique(balanced[1]["digit"], return_index=True)
     queries = torch.as_tensor(queries[:: len(queries) // 5])  # of five of five or ten digits
     pictures = {}
     for student, run in zip(students, runs):
         found = represent(student.encoder, student.head, student.prototypes, balanced[0])
-        run["results"] |= neighbors("student", found, balanced[1])
-        run["results"] |= neighbors("untrained", untrained, balanced[1])
+        run["results"] |= neighbors("student", found, balanced[1]) | untrained
         nearest = other_neighbors(found["prediction"], queries, 8)
         shown = torch.cat([queries[:, None], nearest], dim=1)  # (5, 9)
         pictures[run["exponent"]] = {"images": balanced[0][shown], **{
@@ -430,9 +441,8 @@ def find_grouping(two_views, prior, tables=40, steps=400):
     logits = (3 * torch.randn(tables, len(two_views), len(prior))).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for step in range(steps):
-        sharpening = max(0.25, 1 - 1.5 * step / steps)  # as for the heads
         loss = functools.partial(loss_of_table, two_views=two_views, prior=prior,
-                                 sharpening=sharpening)
+                                 sharpening=sharpening_at(step / steps))  # as for the heads
         losses = torch.vmap(loss)(logits)
         optimizer.zero_grad()
         losses.sum().backward()

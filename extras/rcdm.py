@@ -153,10 +153,10 @@ def add_noise(projections, length=0.5):
     return F.normalize(projections + noise, dim=1)
 
 
-def load_images(corner, test=False):
-    """The source of the images, for these settings of mnist_corner.py."""
+def load_images(corner):
+    """The images for training and for the test, for these settings of mnist_corner.py."""
     args = SimpleNamespace(**corner)
-    return mnist_corner.CornerImages(args, "digit", mnist_corner.make_settings(args), test)
+    return mnist_corner.load_images(args, "digit", mnist_corner.make_settings(args))
 
 
 def draw_images(source, count, balanced=False):
@@ -212,7 +212,7 @@ def experiment(seed, exponent, args):
     """Draw the prototypes of one PMSN. Returns its run. The images of the figure go to a file."""
     torch.set_num_threads(1)  # faster here, because the runs are side by side
     torch.manual_seed(seed)  # Both priors get the same weights, batches and noise.
-    source, test_source = (load_images(args.corner, test) for test in (False, True))
+    source, test_source = load_images(args.corner)
     model = load_pmsn(model_path(args.models, "digit", exponent, seed), exponent)
     classifier = train_classifier(source, args.steps // 4)
     unet, loss = train_unet(model, source, args.steps, name=f"{seed:>4}{exponent:>9.2f}")

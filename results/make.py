@@ -133,13 +133,16 @@ def corner(*names):
                      f"{summary[which, exponent]['background']['mean']:.2f}"
                      for which in mnist_corner.LABELS]
             mean, half = interval(mnist_corner.interactions(runs, exponent))
-            rows.append([*([titles[name]] if len(names) > 1 else []), PRIORS[exponent], *known,
+            rows.append([titles.get(name), PRIORS[exponent], *known,
                          f"{mean:+.2f} ± {half:.2f}",
                          f"{sum(map(mnist_corner.fits_prior, arm))} of {len(arm)}",
                          str(sum(mnist_corner.fits_prior(run, 0.5) for run in arm))])
-    return markdown([*(["run"] if len(names) > 1 else []), "prior", "digits long-tailed: nats on digit and "
-                     "background", "backgrounds long-tailed", "difference (95% interval)",
-                     "winners that fit the prior", "by more than .5 nats"], rows)
+    header = ["run", "prior", "digits long-tailed: nats on digit and background",
+              "backgrounds long-tailed", "difference (95% interval)", "winners that fit the prior",
+              "by more than .5 nats"]
+    if len(names) == 1:  # The column with the name would say nothing.
+        header, rows = header[1:], [row[1:] for row in rows]
+    return markdown(header, rows)
 
 
 def corner_heads(name):

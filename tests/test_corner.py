@@ -58,7 +58,7 @@ def run(tmp_path):
 
 def corner_images(long_tailed, test=False, **settings):
     settings = {**mnist_corner.SYNTHETIC, **settings}
-    return mnist_corner.CornerImages(SimpleNamespace(**ARGS), long_tailed, settings, test)
+    return mnist_corner.load_images(SimpleNamespace(**ARGS), long_tailed, settings)[test]
 
 
 def spy(monkeypatch):
@@ -324,7 +324,8 @@ def test_training_of_heads_equals_a_plain_loop(any_order, scale, monkeypatch):
     monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 16)
     # In float64, because Adam turns the rounding of gradients that are 0 into steps.
     views = torch.randn(2, 48, 6).double()
-    batches, models, start = [], [], mnist_corner.Heads(nn.Linear(6, 128), 1.0, num_heads=2).double()
+    start = mnist_corner.Heads(nn.Linear(6, 128), 1.0, num_heads=2).double()
+    batches, models = [], []
     for parameter in start.parameters():
         parameter.data *= scale  # Larger weights have smaller gradients, because of BatchNorm.
     for exponent in (STEEP, 0.0):
@@ -973,7 +974,7 @@ def images_end_to_end(run, tmp_path, options):
         assert math.isfinite(record["results"]["loss"]) and len(record["heads"]) == 3
         # An untrained network already tells backgrounds apart, each of which is one image.
         assert record["results"]["untrained_encoder_background"] > 0.6
-    images = mnist_corner.CornerImages(args, "digit", mnist_corner.MNIST, test=True)
+    _, images = mnist_corner.load_images(args, "digit", mnist_corner.MNIST)
     pairs = images.draw(1000, balanced=True)
     corners = images.render(pairs)[..., :16, :16].flatten(1)
     assert agreement(corners, images.labels_of(pairs)["digit"]) > 0.6

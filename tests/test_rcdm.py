@@ -109,7 +109,7 @@ def test_projections_are_those_of_the_new_network(models):
 
 def test_images_show_what_their_labels_say(models):
     """No image shows another digit than its own. In training digits are long-tailed."""
-    train, test = (rcdm.load_images(ARGS, test) for test in (False, True))
+    train, test = rcdm.load_images(ARGS)
     rendered = []
     for source in (train, test):
         source.render = lambda pairs, render=source.render: rendered.append(pairs) or render(pairs)
@@ -153,7 +153,7 @@ def test_measures_of_perfect_samples(tmp_path, monkeypatch):
     def classify(network, images):
         return {"digit": images[:, 0, 0, 0].long(), "background": torch.arange(len(images)) % 2}
     draws = []
-    fakes = {"load_images": lambda corner, test: SimpleNamespace(test=test),
+    fakes = {"load_images": lambda corner: [SimpleNamespace(test=x) for x in (False, True)],
              "load_pmsn": lambda *args: model, "train_classifier": lambda *args: None,
              "train_unet": lambda *args, name: (SimpleNamespace(state_dict=dict), 0.25),
              "project": project, "draw": draw, "draw_images": draw_images, "classify": classify}
@@ -246,7 +246,7 @@ def purity_of_images(folder, run):
     config = json.loads((folder / "results.json").read_text())["config"]
     model = rcdm.load_pmsn(folder / f"model_digit_{run['exponent']:g}_0.pt", run["exponent"])
     torch.manual_seed(0)
-    images, labels = rcdm.draw_images(rcdm.load_images(config), 10_000)
+    images, labels = rcdm.draw_images(rcdm.load_images(config)[0], 10_000)
     cosines = (rcdm.project(model, images) @ F.normalize(model.prototypes).T).numpy()
     groups = [np.flatnonzero(cosines.argmax(axis=1) == k) for k in range(5)]
     assert [len(group) / len(images) for group in groups] == pytest.approx(run["shares"])
