@@ -18,6 +18,8 @@ group images by the long-tailed feature, and with the uniform prior (MSN) by the
 3. The winner teaches a new network from random weights, by the same loss: it gives the targets.
    Figure 3 shows the neighbors by the new network's predictions.
 
+`networks` takes these steps, with the functions of support/heads.py.
+
 Two things make it possible to ask. The two views of an image sometimes disagree
 (`CornerImages.view`): otherwise groups by a mixture of both features would have any sizes at no
 cost, and no prior would prefer a feature. `lowest_losses` computes this without a network. And the
@@ -32,24 +34,22 @@ starts at 1. Prototype k has the share k of the prior, as in the paper (any shar
 step 3, and with --curve curve.png.
 """
 
-import copy
-import functools
 import itertools
 import math
-import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.transforms import v2
 
 import pmsn
 from support.drawings import (SIZE, background_view, digit_view, draw_digits, draw_gratings,
-                              make_encoder, make_head, make_pmsn, sample, schedule, shrink)
+                              make_encoder, sample, shrink)
 from support.evaluation import agreement, other_neighbors
 from support.figures import POWER_LAW, UNIFORM, Figure, write_figure
+from support.heads import (Heads, cache_views, find_grouping, judge, make_student, teach,
+                           train_encoder, train_heads, two_cached_views, two_views_of)
 from support.images import IMAGE_ENDINGS, open_image
 from support.results import cell, interval, number_of_seeds, run_or_continue, summarize
 from support.runs import (Distinct, Parser, UserError, available_cores, command, folder, load_file,
@@ -63,8 +63,7 @@ CLASSES = 10  # of the long-tailed feature
 NUM_PROTOTYPES = 5  # The balanced feature has as many classes.
 DISAGREE = 0.05  # how often a view redraws its digit, and how often its background
 CURVE = (0.25, 0.35, 0.45, 0.6, 0.8)  # the contrasts of --curve
-BATCH_SIZE, DIM = 256, 8  # images per batch, dimension of the embeddings
-CACHED_VIEWS = 4  # of each image, for the heads
+DIM = 8  # dimension of the embeddings
 COLUMNS = {"loss": "loss", "digit": "on digit (nats)", "background": "on background",
            "share_of_digit_heads": "digit heads", "best_digit_loss": "loss, digit heads",
            "best_background_loss": "loss, other heads"}
@@ -152,103 +151,6 @@ class CornerImages:
         return dict(zip(LABELS, (labels[index] for labels, index in zip(self.labels, pairs.T))))
 
 
-# ---- Model ---------------------------------------------------------------------------------------
-class Heads(nn.Module):
-    """PMSN with many heads on one encoder. Each head has prototypes of its own."""
-    def __init__(self, encoder, exponent, num_heads):
-        super().__init__()
-        self.network = nn.Sequential(encoder, make_head(num_heads * DIM))
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.prototypes = nn.Parameter(torch.empty(num_heads, NUM_PROTOTYPES, DIM).uniform_(-1, 1))
-        self.prior = pmsn.power_law_prior(NUM_PROTOTYPES, exponent)
-
-    def forward(self, target_view, anchor_view, **loss_options):
-        """Inputs of the encoder, (B, ...) each -> the loss of every head (heads,)."""
-        anchors = self.network(anchor_view).unflatten(1, (-1, DIM))  # (B, heads, DIM)
-        with torch.no_grad():
-            targets = self.target(target_view).unflatten(1, (-1, DIM))
-        loss = functools.partial(pmsn.pmsn_loss, prior=self.prior, **loss_options)
-        # vmap computes the losses of all heads at once.
-        losses, _ = torch.vmap(loss, in_dims=(1, 1, 0))(anchors, targets, self.prototypes)
-        return losses
-
-    def head(self, i):
-        """The target head i: (B, 128) -> (B, DIM)."""
-        head, entries = make_head(DIM), slice(i * DIM, (i + 1) * DIM)
-        head.load_state_dict({name: value[entries] if value.ndim else value
-                              for name, value in self.target[1].state_dict().items()})
-        return head.eval().requires_grad_(False)
-
-
-# ---- Training ------------------------------------------------------------------------------------
-def train(models, losses_of, epochs, num_images, title, lr_scale=1.0, after_step=None):
-    """Train models on the same batches. Returns the mean losses of each in the last epoch.
-
-    losses_of(batch, done) gives the loss or the losses of each model for the images with these
-    numbers, and after_step(model, done) follows each step, when this share of the training is done.
-    """
-    parameters = [[p for p in model.parameters() if p.requires_grad] for model in models]
-    optimizers = [torch.optim.AdamW(each, weight_decay=0.05) for each in parameters]
-    steps_per_epoch = num_images // BATCH_SIZE
-    began = time.monotonic()
-    for epoch in range(epochs):
-        totals = [0.0 for _ in models]
-        for step, batch in enumerate(torch.randperm(num_images).split(BATCH_SIZE)):
-            done = (epoch + step / steps_per_epoch) / epochs  # from 0 to 1
-            learning_rate, _, _ = schedule(done)
-            for i, losses in enumerate(losses_of(batch, done)):
-                optimizers[i].param_groups[0]["lr"] = lr_scale * learning_rate
-                optimizers[i].zero_grad()
-                losses.sum().backward()
-                nn.utils.clip_grad_norm_(parameters[i], 3.0)  # the norm of all heads together
-                optimizers[i].step()
-                if after_step:
-                    after_step(models[i], done)
-                totals[i] += losses.detach() / steps_per_epoch
-        left = (time.monotonic() - began) * (epochs / (epoch + 1) - 1)
-        lowest = "".join(f"{losses.min():>7.3f}" for losses in totals)
-        say(f"{title}{epoch + 1:>6}{left:>6.0f}s {lowest}")
-    return totals
-
-
-def train_encoder(source, pairs, epochs, title):
-    """Step 1: an encoder by SimCLR, (B, 1, 32, 32) -> (B, 128)."""
-    encoder = make_encoder(SIZE).to(memory_format=torch.channels_last)  # faster on a CPU
-    network = nn.Sequential(encoder, nn.GELU(), nn.Linear(128, 64))
-
-    def losses_of(batch, done):
-        first, second = network(source.view(pairs[batch].repeat(2, 1))).chunk(2)
-        return [pmsn.simclr_loss(first, second, temperature=0.2)[0]]
-    train([network], losses_of, epochs, len(pairs), title)
-    return encoder.requires_grad_(False)
-
-
-def train_heads(models, two_views, epochs, num_images, title, any_order):
-    """Step 2: heads with prototypes by PMSN. two_views(batch) gives inputs of the encoders."""
-    def losses_of(batch, done):
-        views = two_views(batch)
-        options = {"sharpening": sharpening_at(done), "any_order": any_order}
-        return [model(*views, **options) for model in models]
-
-    def after_step(model, done):
-        _, _, ema_momentum = schedule(done)
-        pmsn.move_target(model.target, model.network, ema_momentum)
-    return train(models, losses_of, epochs, num_images, title, 2.0, after_step)
-
-
-def sharpening_at(done):
-    """From soft targets on, so that the first clusters can still change."""
-    return max(0.25, 1 - 1.5 * done)
-
-
-def teach(students, source, pairs, epochs, title, any_order):
-    """Step 3: each student is a new network. Its target network is a winner, which stays."""
-    def losses_of(batch, done):
-        views = [source.view(pairs[batch]) for _ in range(2)]
-        return [student(views, any_order=any_order)[0] for student in students]
-    train(students, losses_of, epochs, len(pairs), title)
-
-
 # ---- One experiment ------------------------------------------------------------------------------
 def experiment(part, *arguments):
     """One job: ("networks", seed, long_tailed, contrast) or ("lowest_losses", disagree)."""
@@ -265,24 +167,25 @@ def networks(seed, long_tailed, contrast, args):
     pairs = source.draw(settings["images"])
     title = f"{seed:>4}{long_tailed:>12}{contrast:>10.2f}"
 
-    # Steps 1 and 2: an encoder, and many heads for each prior.
+    def views_of(index):
+        return source.view(pairs[index])
+
+    # Step 1: an encoder for both priors. With --joint each prior trains its own, in step 2.
     if args.joint:
         def two_views(batch):
-            return [source.view(pairs[batch]) for _ in range(2)]
+            return [views_of(batch) for _ in range(2)]
     else:
-        encoder = train_encoder(source, pairs, encoder_epochs, f"{title}  encoder")
-        views = [torch.cat([encoder(source.view(chunk)) for chunk in pairs.split(512)])
-                 for _ in range(CACHED_VIEWS)]  # features (N, 128) of all images
+        encoder = train_encoder(views_of, len(pairs), encoder_epochs, f"{title}  encoder")
+        two_views = two_cached_views(cache_views(encoder, views_of, len(pairs)))
 
-        def two_views(batch):
-            return [views[i][batch] for i in torch.randperm(CACHED_VIEWS)[:2]]
+    # Step 2: many heads for each prior.
     models = []
     for exponent in PRIORS:
         torch.manual_seed(seed)  # Both priors get the same weights.
         first = make_encoder(SIZE) if args.joint else nn.Identity()
-        models.append(Heads(first, exponent, settings["heads"]))
-    losses = train_heads(models, two_views, head_epochs, len(pairs), f"{title}    heads",
-                         args.any_order)
+        prior = pmsn.power_law_prior(NUM_PROTOTYPES, exponent)
+        models.append(Heads(first, prior, settings["heads"], DIM, any_order=args.any_order))
+    losses = train_heads(models, two_views, head_epochs, len(pairs), f"{title}    heads")
 
     # What the heads know of images that are rendered anew, all with their own digit and background.
     # Prototypes were trained for long-tailed shares, so they are judged on images with these. For
@@ -306,10 +209,11 @@ def networks(seed, long_tailed, contrast, args):
 
     # Step 3 and figure 3.
     students = []
-    for winner, exponent in zip(winners, PRIORS):
+    for winner, model in zip(winners, models):
         torch.manual_seed(seed)  # Both priors get the same weights.
-        students.append(make_student(*winner, exponent))
-    teach(students, source, pairs, student_epochs, f"{title}  student", args.any_order)
+        students.append(make_student(*winner, model.prior))
+    teach(students, views_of, len(pairs), student_epochs, f"{title}  student",
+          any_order=args.any_order)
     torch.manual_seed(seed)
     with torch.no_grad():
         untrained = {"encoder": make_encoder(SIZE)(balanced[0])}
@@ -336,15 +240,6 @@ def make_settings(args):
     return settings
 
 
-def make_student(encoder, head, prototypes, exponent):
-    """A new network as PMSN, whose target network and prototypes are those of a winner."""
-    new = make_encoder(SIZE).to(memory_format=torch.channels_last)
-    student = make_pmsn(new, NUM_PROTOTYPES, exponent, DIM)
-    student.target_encoder, student.target_head = encoder, head
-    student.prototypes = nn.Parameter(prototypes, requires_grad=False)
-    return student
-
-
 def model_path(folder, long_tailed, exponent, seed):
     return folder / f"model_{long_tailed}_{exponent:g}_{seed}.pt"
 
@@ -359,29 +254,6 @@ def load_pictures(folder, seed):
 
 
 # ---- Measures ------------------------------------------------------------------------------------
-@torch.no_grad()
-def judge(model, losses, images, labels):
-    """For each head: its loss, and what its prototypes tell about digit and background, in nats."""
-    projections = model.eval().target(images).unflatten(1, (-1, DIM))  # (N, heads, DIM)
-    heads = []
-    for i, loss in enumerate(losses.tolist()):
-        prototype = pmsn.cosine(projections[:, i], model.prototypes[i]).argmax(dim=1)
-        heads.append({"loss": loss, **{what: information(prototype, labels[what])
-                                       for what in LABELS}})
-    return heads
-
-
-def information(prototypes, labels):
-    """Mutual information of two integers per image, (N,) each, in nats.
-
-    It is at most the entropy of the prototypes' shares: 1.61 for five equal ones, and 1.33 if they
-    are those of the power-law prior.
-    """
-    joint = F.one_hot(prototypes).double().T @ F.one_hot(labels).double() / len(labels)
-    independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0)
-    return (torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum().item()
-
-
 def sum_up(heads):
     """What the winner knows, and how many heads know more of each feature, and their best loss."""
     winner = min(heads, key=lambda head: head["loss"])
@@ -426,38 +298,6 @@ def lowest_losses(disagree, args):
                  name: find_grouping(two_views, pmsn.power_law_prior(NUM_PROTOTYPES, exponent))
                  for name, two_views in groupings.items()}}
             for exponent in PRIORS]
-
-
-def two_views_of(shares, disagree):
-    """The probability that two views of an image show the classes i and j: (n,) -> (n, n)."""
-    n = len(shares)
-    view = (1 - disagree) * torch.eye(n) + disagree * shares.expand(n, n)  # given the image, (n, n)
-    return view.T @ (shares[:, None] * view)
-
-
-def find_grouping(two_views, prior, tables=40, steps=400):
-    """The lowest loss of tables (n, K) of logits, of gradient descent from 40 random tables."""
-    torch.manual_seed(0)
-    logits = (3 * torch.randn(tables, len(two_views), len(prior))).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.05)
-    for step in range(steps):
-        loss = functools.partial(loss_of_table, two_views=two_views, prior=prior,
-                                 sharpening=sharpening_at(step / steps))  # as for the heads
-        losses = torch.vmap(loss)(logits)
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
-    return losses.min().item()
-
-
-def loss_of_table(logits, two_views, prior, sharpening=0.25):
-    """The loss of PMSN if a view of class i has the logits of row i: (n, K) -> one number."""
-    log_p = logits.log_softmax(dim=1)  # (n, K)
-    p_target = pmsn.sharpen(log_p, sharpening).exp().detach()
-    p_bar = two_views.sum(dim=1) @ log_p.exp()  # (K,)
-    cross_entropy = -(two_views * (p_target @ log_p.T)).sum()
-    log_prior = pmsn.in_order_of(p_bar, prior.log())  # A table can swap its columns.
-    return cross_entropy + (torch.xlogy(p_bar, p_bar) - p_bar * log_prior).sum()
 
 
 # ---- Figures -------------------------------------------------------------------------------------

@@ -6,5 +6,6 @@
     evaluation.py     classifiers on frozen features
     figures.py        what all figures have in common
     drawings.py       images that we draw: digits, letters, gratings, and a small encoder for them
+    heads.py          many heads on one encoder: a search for the lowest loss of PMSN
     photographs.py    small photographs, and a small ResNet for them
 """

@@ -1,7 +1,6 @@
-"""mnist_corner.py: images, heads and trainings, measures, and fairness between the priors."""
+"""mnist_corner.py: images, measures, fairness between the priors, figures and whole runs."""
 
 import contextlib
-import copy
 import itertools
 import json
 import math
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import mutual_info_score
 from torch import nn
 
 import mnist_corner
 import pmsn
 from support import drawings, results
 from support.evaluation import agreement
+from support.heads import CACHED_VIEWS, Heads, find_grouping, loss_of_table, train, two_views_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ARGS = dict(mnist=False, root="data", backgrounds=None, curve=False, joint=False, any_order=False,
@@ -38,7 +37,7 @@ def short():
     def fewer(images, count, balanced=False):
         return draw(images, count // 5 if count >= 2000 else count, balanced)
     with (patch.dict(mnist_corner.SYNTHETIC, SHORT), patch.dict(mnist_corner.MNIST, SHORT),
-          patch.object(mnist_corner, "BATCH_SIZE", BATCH),
+          patch("support.heads.BATCH_SIZE", BATCH),
           patch.object(mnist_corner.CornerImages, "draw", fewer)):
         yield
 
@@ -64,7 +63,7 @@ def corner_images(long_tailed, test=False, **settings):
 def spy(monkeypatch):
     """Lists of (model, its weights, views) of every step of heads and of students."""
     steps = {"heads": [], "students": []}
-    for name, kind in (("heads", mnist_corner.Heads), ("students", pmsn.PMSN)):
+    for name, kind in (("heads", Heads), ("students", pmsn.PMSN)):
 
         def watched(model, *views, forward=kind.forward, name=name, **options):
             weights = torch.cat([p.detach().flatten() for p in model.parameters()
@@ -161,7 +160,7 @@ def test_a_view_shows_another_class_as_often_as_two_views_of_says(long_tailed, m
     views = torch.stack([images.view(pairs) for _ in range(2)])  # (2, N, 2)
     for i, feature in enumerate(FEATURES):
         n = len(shares[feature])
-        expected = mnist_corner.two_views_of(torch.from_numpy(shares[feature]), rate)
+        expected = two_views_of(torch.from_numpy(shares[feature]), rate)
         first, second = views[:, :, i]
         counts = (first * n + second).bincount(minlength=n * n).view(n, n)
         np.testing.assert_allclose(counts / 100_000, expected, atol=0.006)
@@ -247,189 +246,6 @@ def test_backgrounds_are_ten_folders(tmp_path):
         mnist_corner.load_backgrounds(args)
 
 
-# ---- Heads ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("any_order", [False, True])
-def test_each_head_has_the_loss_of_its_own_prototypes(any_order):
-    """It is the loss of pmsn.py for its entries, and so is its gradient. So heads learn alone."""
-    model, dim = mnist_corner.Heads(nn.Linear(6, 128), 1.0, num_heads=3), mnist_corner.DIM
-    with torch.no_grad():
-        for parameter in model.target.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    target_view, anchor_view = torch.randn(2, 40, 6)
-    options = {"sharpening": 0.4, "any_order": any_order}
-    losses = model(target_view, anchor_view, **options)
-    losses.sum().backward()
-    encoder, (linear, _) = model.network
-    target_encoder, (target_linear, _) = model.target
-    of_features = 0.0
-    for i, loss in enumerate(losses):
-        part = slice(dim * i, dim * (i + 1))
-        weight, bias, q, features = (x.detach().clone().requires_grad_() for x in (
-            linear.weight[part], linear.bias[part], model.prototypes[i], encoder(anchor_view)))
-        z = features @ weight.T + bias
-        z_target = target_encoder(target_view) @ target_linear.weight[part].T
-        z, z_target = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
-                       for x in (z, z_target))
-        expected, _ = pmsn.pmsn_loss(z, z_target, q, pmsn.power_law_prior(5, 1.0), **options)
-        torch.testing.assert_close(loss, expected)
-        expected.backward()
-        torch.testing.assert_close(model.prototypes.grad[i], q.grad, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(linear.weight.grad[part], weight.grad, atol=1e-6, rtol=1e-4)
-        of_features = of_features + features.grad
-    expected = of_features.T @ anchor_view
-    torch.testing.assert_close(encoder.weight.grad, expected, atol=1e-5, rtol=1e-4)
-    assert all(p.grad is None for p in model.target.parameters())
-
-
-def test_one_head_alone_computes_what_it_computes_among_all():
-    """That of the target network, with its running statistics."""
-    model = mnist_corner.Heads(nn.Linear(6, 128), 1.0, num_heads=3)
-    with torch.no_grad():
-        for parameter in model.target.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    for _ in range(3):
-        model(*(1 + 2 * torch.randn(2, 40, 6)))  # statistics of BatchNorm
-    heads, inputs = [model.head(i) for i in range(3)], torch.randn(7, 6)
-    encoder, whole = model.target.eval()
-    expected = whole(encoder(inputs)).unflatten(1, (3, -1))
-    for i, head in enumerate(heads):
-        torch.testing.assert_close(head(encoder(inputs)), expected[:, i])
-        assert not any(p.requires_grad for p in head.parameters())
-    whole[0].weight.data.zero_()  # The heads are copies.
-    torch.testing.assert_close(heads[2](encoder(inputs)), expected[:, 2])
-
-
-# ---- Training ------------------------------------------------------------------------------------
-def plain_training(parameters, loss_of_step, steps, lr_scale, after_step=lambda done: None):
-    """AdamW with the schedule of the learning rate written out, and the norms of the gradients."""
-    optimizer, norms = torch.optim.AdamW(parameters, weight_decay=0.05), []
-    for step in range(steps):
-        done = step / steps
-        lr = 2e-3 * min(1, 0.02 + 20 * done) * (0.55 + 0.45 * math.cos(math.pi * done))
-        optimizer.param_groups[0]["lr"] = lr_scale * lr
-        optimizer.zero_grad()
-        loss_of_step(step, done).backward()
-        norm = sum(p.grad.square().sum() for p in parameters).sqrt()
-        for p in parameters:
-            p.grad *= min(1, 3 / (norm.item() + 1e-6))
-        norms.append(norm.item())
-        optimizer.step()
-        after_step(done)
-    return norms
-
-
-@pytest.mark.parametrize("any_order, scale", [(False, 5), (True, 5), (True, 20)])
-def test_training_of_heads_equals_a_plain_loop(any_order, scale, monkeypatch):
-    """Six steps of two epochs with both priors: weights, target network, prototypes and losses."""
-    monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 16)
-    # In float64, because Adam turns the rounding of gradients that are 0 into steps.
-    views = torch.randn(2, 48, 6).double()
-    start = mnist_corner.Heads(nn.Linear(6, 128), 1.0, num_heads=2).double()
-    batches, models = [], []
-    for parameter in start.parameters():
-        parameter.data *= scale  # Larger weights have smaller gradients, because of BatchNorm.
-    for exponent in (STEEP, 0.0):
-        models.append(copy.deepcopy(start))
-        models[-1].prior = pmsn.power_law_prior(5, exponent)
-
-    def two_views(batch):
-        batches.append(batch)
-        return views[:, batch]
-    losses = mnist_corner.train_heads(models, two_views, 2, 48, "", any_order)
-    for epoch in (batches[:3], batches[3:]):
-        assert torch.cat(epoch).sort().values.tolist() == list(range(48))
-    assert not torch.equal(batches[0], batches[3]) and len(batches) == 6
-    for model, exponent, found in zip(models, (STEEP, 0.0), losses):
-        network, target, prototypes = (copy.deepcopy(x) for x in (
-            start.network, start.target, start.prototypes))
-        prior, dim, per_step = pmsn.power_law_prior(5, exponent), mnist_corner.DIM, []
-
-        def loss_of_step(step, done):
-            targets, anchors = views[:, batches[step]]
-            targets, anchors = target(targets), network(anchors)
-            each = [pmsn.pmsn_loss(anchors[:, part], targets[:, part], q, prior,
-                                   sharpening=max(0.25, 1 - 1.5 * done), any_order=any_order)[0]
-                    for q, part in zip(prototypes, (slice(0, dim), slice(dim, 2 * dim)))]
-            per_step.append(torch.stack(each).detach())
-            return sum(each)
-
-        def after_step(done):
-            momentum = 0.9 + 0.09 * min(1, 1.5 * done)
-            for slow, fast in zip(target.parameters(), network.parameters()):
-                slow.data = momentum * slow + (1 - momentum) * fast.data
-        parameters = [*network.parameters(), prototypes]
-        norms = plain_training(parameters, loss_of_step, 6, 2.0, after_step)
-        assert min(norms) > 3.2 if scale == 5 else max(norms) < 2.8  # Above 3 they are clipped.
-        torch.testing.assert_close(found, torch.stack(per_step[3:]).mean(dim=0))
-        for trained, expected in ((model.network, network), (model.target, target)):
-            for name, value in expected.state_dict().items():
-                torch.testing.assert_close(trained.state_dict()[name], value, atol=1e-9, rtol=0)
-        torch.testing.assert_close(model.prototypes, prototypes, atol=1e-9, rtol=0)
-
-
-def test_simclr_sees_two_views_of_each_image(monkeypatch):
-    """Each image of a batch is shown twice, and the encoder learns by the loss of SimCLR."""
-    monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 16)
-    images, seen, loss = corner_images("digit"), [], Mock(wraps=pmsn.simclr_loss)
-
-    def view(pairs):
-        seen.append(pairs)
-        return images.render(pairs)
-    monkeypatch.setattr(pmsn, "simclr_loss", loss)
-    pairs = torch.arange(32)[:, None].expand(32, 2) % 10
-    torch.manual_seed(1)
-    untrained = drawings.make_encoder(32)
-    torch.manual_seed(1)
-    encoder = mnist_corner.train_encoder(SimpleNamespace(view=view), pairs, 3, "")
-    assert len(seen) == loss.call_count == 6
-    for epoch in zip(seen[::2], seen[1::2]):
-        for batch in epoch:
-            assert torch.equal(batch[:16], batch[16:])
-        shown = torch.cat([batch[:16, 0] for batch in epoch])
-        assert torch.equal(shown.sort().values, pairs[:, 0].sort().values)
-    for call in loss.call_args_list:
-        first, second = call.args
-        assert first.shape == second.shape == (16, 64) and call.kwargs == {"temperature": 0.2}
-    for old, new in zip(untrained.parameters(), encoder.parameters()):
-        assert not torch.equal(old, new) and not new.requires_grad
-
-
-@pytest.mark.parametrize("any_order", [False, True])
-def test_a_winner_teaches_and_stays_as_it_is(any_order, monkeypatch):
-    """Six steps equal a plain loop, whose targets come from the winner in eval mode."""
-    monkeypatch.setattr(mnist_corner, "BATCH_SIZE", 8)
-    images, seen = corner_images("digit"), []
-
-    def view(pairs):
-        seen.append(images.render(pairs).double())
-        return seen[-1]
-    encoder, head = drawings.make_encoder(32), drawings.make_head(mnist_corner.DIM)
-    head(3 * torch.randn(50, 128) + 1)  # statistics of BatchNorm
-    winner = encoder.double().requires_grad_(False), head.double().eval().requires_grad_(False)
-    q = torch.randn(5, mnist_corner.DIM).double()
-    students = [mnist_corner.make_student(*winner, q.clone(), exponent).double()
-                for exponent in (STEEP, 0.0)]
-    starts, before = copy.deepcopy(students), copy.deepcopy(winner)
-    mnist_corner.teach(students, SimpleNamespace(view=view), images.draw(24), 2, "", any_order)
-    assert len(seen) == 12
-    for student, start in zip(students, starts):
-        def loss_of_step(step, done):
-            target_view, anchor_view = seen[2 * step : 2 * step + 2]
-            return pmsn.pmsn_loss(start.head(start.encoder(anchor_view)),
-                                  before[1](before[0](target_view)), q, start.prior,
-                                  sharpening=0.25, any_order=any_order)[0]
-        parameters = [*start.encoder.parameters(), *start.head.parameters()]
-        plain_training(parameters, loss_of_step, 6, 1.0)
-        for name in ("encoder", "head"):
-            trained, expected = (getattr(x, name).state_dict() for x in (student, start))
-            for key in expected:
-                torch.testing.assert_close(trained[key], expected[key], atol=1e-8, rtol=0)
-        for part, old in zip((student.target_encoder, student.target_head), before):
-            for key, value in part.state_dict().items():
-                assert torch.equal(value, old.state_dict()[key]), key
-        assert torch.equal(student.prototypes, q)
-
-
 # ---- Fairness ------------------------------------------------------------------------------------
 def test_both_priors_get_the_same_weights_and_views(run, monkeypatch):
     """Heads, and students, whose teachers are the winners of their own prior."""
@@ -479,7 +295,7 @@ def test_heads_see_views_of_the_same_images(run, monkeypatch):
     steps = spy(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run("digit")
-    assert sum(seen) == mnist_corner.CACHED_VIEWS * 2 * BATCH
+    assert sum(seen) == CACHED_VIEWS * 2 * BATCH
     for _, _, (first, second) in steps["heads"]:
         assert torch.equal(first[:, :2], second[:, :2]) and first[:, 1].std() > 0.5
         assert (first[:, 2] != second[:, 2]).all()
@@ -539,32 +355,6 @@ def test_in_joint_training_the_encoders_learn_and_nothing_teaches(run, monkeypat
 
 
 # ---- Measures ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("prototypes, classes", [(5, 10), (5, 5), (3, 10), (1, 4)])
-def test_information_against_scikit_learn(prototypes, classes):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(classes, size=500)
-    for groups in (rng.integers(prototypes, size=500), labels * 3 % prototypes, labels % 2 * 4):
-        found = mnist_corner.information(torch.from_numpy(groups), torch.from_numpy(labels))
-        assert found == pytest.approx(mutual_info_score(groups, labels), abs=1e-9)
-
-
-def test_each_head_is_judged_by_its_own_prototypes():
-    """Head 0 groups by the digit, head 1 by nothing, and head 2 by the background."""
-    model = mnist_corner.Heads(nn.Identity(), 0.0, num_heads=3)
-    model.prototypes.data = torch.stack([torch.eye(5, mnist_corner.DIM).roll(i, 1)
-                                         for i in range(3)])
-    model.target = nn.BatchNorm1d(3 * mnist_corner.DIM, affine=False)  # 1 : 1 in eval mode
-    labels = {"digit": torch.arange(500) % 5, "background": torch.arange(500) // 5 % 5}
-    chosen = [labels["digit"], torch.zeros(500, dtype=torch.long), (labels["background"] + 2) % 5]
-    images = torch.cat([7 * q[index] for q, index in zip(model.prototypes, chosen)], dim=1)
-    found = mnist_corner.judge(model, torch.tensor([0.3, 0.1, 0.2]), images, labels)
-    expected = [(0.3, math.log(5), 0), (0.1, 0, 0), (0.2, 0, math.log(5))]
-    for head, values in zip(found, expected, strict=True):
-        assert list(head.values()) == pytest.approx(list(values), abs=1e-6)
-        assert list(head) == ["loss", *FEATURES]
-    assert not model.target.running_mean.any()  # It was in eval mode.
-
-
 def test_the_winner_and_the_best_heads_of_each_feature_by_hand():
     rows = [(0.5, 1.0, 0.2), (0.3, 0.1, 0.9), (0.2, 0.4, 0.4), (0.4, 0.8, 0.3), (0.6, 0.9, 0.0)]
     heads = [dict(zip(("loss", *FEATURES), row)) for row in rows]
@@ -613,68 +403,6 @@ def test_neighbors_by_hand():
 
 
 # ---- What a loss could be at best ----------------------------------------------------------------
-def table_loss(logits, two_views, prior, sharpening=0.25, of_target=None):
-    """The loss of PMSN by a loop over all pairs of classes that two views can show, in NumPy."""
-    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    q = p if of_target is None else of_target
-    q = q ** (1 / sharpening) / (q ** (1 / sharpening)).sum(axis=1, keepdims=True)
-    loss, p_bar = 0.0, 0.0
-    for i, j in np.ndindex(*two_views.shape):
-        loss -= two_views[i, j] * (q[i] * np.log(p[j])).sum()
-        p_bar = p_bar + two_views[i, j] * p[j]
-    # The largest share of the prior goes to the prototype that is used most, and so on.
-    return loss + (np.sort(p_bar) * np.log(np.sort(p_bar) / np.sort(prior))).sum()
-
-
-@pytest.mark.parametrize("sharpening", [0.25, 0.7])
-@pytest.mark.parametrize("exponent", [0.0, 1.0])
-def test_loss_of_a_table_against_numpy(sharpening, exponent):
-    """And its gradient against differences. The targets are constants."""
-    rng = np.random.default_rng(0)
-    logits, prior = rng.normal(size=(6, 4)), power_law(4, exponent)
-    two_views = rng.random((6, 6))
-    two_views = (two_views + two_views.T) / (two_views + two_views.T).sum()
-    table = torch.from_numpy(logits).requires_grad_()
-    loss = mnist_corner.loss_of_table(table, torch.from_numpy(two_views), torch.from_numpy(prior),
-                                      sharpening)
-    assert loss.item() == pytest.approx(table_loss(logits, two_views, prior, sharpening), abs=1e-9)
-    loss.backward()
-    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    for place in np.ndindex(6, 4):
-        change = np.zeros((6, 4))
-        change[place] = 1e-5
-        slope = (table_loss(logits + change, two_views, prior, sharpening, p)
-                 - table_loss(logits - change, two_views, prior, sharpening, p)) / 2e-5
-        assert table.grad[place].item() == pytest.approx(slope, abs=1e-8)
-
-
-def test_the_loss_of_a_table_is_the_loss_of_its_images():
-    """200 images, as often as the table says, with embeddings that give its predictions."""
-    two_views = torch.tensor([[80.0, 10, 0], [10, 40, 5], [0, 5, 50]])
-    embeddings = nn.functional.normalize(torch.randn(3, 6).double())
-    prototypes, prior = torch.randn(4, 6).double(), pmsn.power_law_prior(4, 1.0)
-    first, second = (torch.tensor([pair[view] for pair in np.ndindex(3, 3)
-                                   for _ in range(int(two_views[pair]))]) for view in (0, 1))
-    expected, _ = pmsn.pmsn_loss(embeddings[second], embeddings[first], prototypes, prior,
-                                 any_order=True)
-    logits = pmsn.log_predictions(embeddings, prototypes, 0.1)
-    found = mnist_corner.loss_of_table(logits, two_views.double() / 200, prior.double())
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("disagree", [0.0, 0.05, 1.0])
-def test_two_views_by_enumeration(disagree):
-    """Over the class of the image, and what each view shows in its place, if anything."""
-    shares = power_law(4)
-    expected = np.zeros((4, 4))
-    shown = [(None, 1 - disagree), *((k, disagree * share) for k, share in enumerate(shares))]
-    for label, (first, p_first), (second, p_second) in itertools.product(range(4), shown, shown):
-        place = label if first is None else first, label if second is None else second
-        expected[place] += shares[label] * p_first * p_second
-    np.testing.assert_allclose(mnist_corner.two_views_of(torch.from_numpy(shares), disagree),
-                               expected, atol=1e-7)
-
-
 def test_groups_by_both_features_cost_nothing_unless_views_disagree(monkeypatch):
     """So without disagreement no prior prefers a feature. With it, each prior prefers its own.
 
@@ -688,7 +416,7 @@ def test_groups_by_both_features_cost_nothing_unless_views_disagree(monkeypatch)
     lowest = steep["results"]
     assert lowest["long_tailed"] + 0.02 < lowest["both"] < lowest["balanced"] - 0.02
 
-    monkeypatch.setattr(mnist_corner.find_grouping, "__defaults__", (20, 300))  # faster
+    monkeypatch.setattr(find_grouping, "__defaults__", (20, 300))  # faster
     for row, fits, other in zip(mnist_corner.lowest_losses(0.0, None),
                                 ("balanced", "long_tailed"), ("long_tailed", "balanced")):
         lowest = row["results"]
@@ -699,15 +427,15 @@ def test_groups_by_both_features_cost_nothing_unless_views_disagree(monkeypatch)
 @pytest.mark.parametrize("disagree", [0.0, 0.05])
 def test_a_grouping_by_both_features_can_ignore_one(disagree):
     """It is the table of the other one, and has its loss. A search from random tables misses it."""
-    long_tailed, balanced = (mnist_corner.two_views_of(pmsn.power_law_prior(n, exponent), disagree)
+    long_tailed, balanced = (two_views_of(pmsn.power_law_prior(n, exponent), disagree)
                              for n, exponent in ((10, STEEP), (5, 0.0)))
     both, prior = torch.kron(long_tailed, balanced), pmsn.power_law_prior(5, STEEP)
     of_long_tailed, of_balanced = torch.randn(10, 5), torch.randn(5, 5)
     for table, two_views, wide in (
             (of_long_tailed, long_tailed, of_long_tailed.repeat_interleave(5, dim=0)),
             (of_balanced, balanced, of_balanced.repeat(10, 1))):
-        torch.testing.assert_close(mnist_corner.loss_of_table(wide, both, prior),
-                                   mnist_corner.loss_of_table(table, two_views, prior))
+        torch.testing.assert_close(loss_of_table(wide, both, prior),
+                                   loss_of_table(table, two_views, prior))
 
 
 # ---- Figures and whole runs ----------------------------------------------------------------------
@@ -811,7 +539,7 @@ def test_two_processes_have_the_bits_of_one(run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def short_runs(monkeypatch, jobs_here, coarse_figures):
-    monkeypatch.setattr(mnist_corner.find_grouping, "__defaults__", (3, 10))
+    monkeypatch.setattr(find_grouping, "__defaults__", (3, 10))
     with short():
         yield
 
@@ -846,7 +574,7 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
         tmp_path, short_runs, monkeypatch, capsys):
     """A whole run of two steps per part. It is killed in its second job, and started again."""
     options = ["--out", str(tmp_path)]
-    train, trainings = mnist_corner.train, []
+    trainings = []
 
     def spied_train(*arguments):
         title, = [x for x in arguments if isinstance(x, str)]
@@ -854,7 +582,7 @@ def test_a_killed_run_continues_and_draws_its_figures_from_files(
         if len(trainings) == 5:
             raise KeyboardInterrupt
         return train(*arguments)
-    monkeypatch.setattr(mnist_corner, "train", spied_train)
+    monkeypatch.setattr("support.heads.train", spied_train)
     with pytest.raises(SystemExit, match="^130$"):
         mnist_corner.main(options)
     parts = ("encoder", "heads", "student")

@@ -137,7 +137,7 @@ def test_everything_imports_downwards():
         # support/ makes sure that no missing backend for notebooks stops its import.
         assert not any(name.startswith("matplotlib") for name in imports(path)), path
     above = {path.stem: imports(path) for path in (REPOSITORY / "support").glob("*.py")}
-    assert len(above) == 8
+    assert len(above) == 9
     for name, imported in above.items():
         ours = {module for module in imported if is_ours(module) or module.startswith("support")}
         assert {module.split(".")[0] for module in ours} <= {"pmsn", "support"}, name
