@@ -1,10 +1,12 @@
 """Which prior for long-tailed data? Section 5.2 of the paper, small enough for a laptop.
 
 The paper finds that a power-law prior helps on long-tailed iNat18 and hurts on balanced ImageNet.
-Here the classes are 64 letters that we draw, or those of photographs (CIFAR-10 or a folder), and
-they are balanced or long-tailed. With --contrasts above 0, each image also has one of 10 gratings,
-all equally frequent. A network could group images by grating instead of by class, and the paper
-expects that the uniform prior prefers this.
+iNat18 has eight times as many classes as prototypes, so rare classes must share prototypes. Here
+512 glyphs that we draw are the classes, for 64 prototypes, or photographs have them (CIFAR-10 or a
+folder), and they are balanced or long-tailed. With --contrasts above 0, each image also has a
+background that competes with the class: one of 16 other glyphs, or of 10 gratings, all equally
+frequent. A network could group images by it, and the paper expects that the uniform prior prefers
+this. (which_feature.py asks which of the two each prior prefers at the minimum of its loss.)
 
 We train PMSN with priors from uniform to steep, and with these losses:
 
@@ -17,25 +19,31 @@ We train PMSN with priors from uniform to steep, and with these losses:
 All models of one seed and one kind of data start from the same weights, see the same views and have
 the same learning rate. Then two classifiers (k-NN, linear probe) learn from frozen features, and
 are tested on balanced images: `knn` and `probe` learn from the training images, which are
-long-tailed as in the paper, `balanced_knn` and `balanced_probe` from balanced images. Letters are
+long-tailed as in the paper, `balanced_knn` and `balanced_probe` from balanced images. (With more
+than 100 classes `probe` is left out, because it would take as long as the training.) Glyphs are
 tested in bold slanted fonts that no training image has. A supervised model and an untrained encoder
-show how much there is to learn.
+show how much there is to learn. A prior is met if the number of effective prototypes in the last
+epoch is within 10% of the prior's: otherwise a run says little about its prior.
+
+Under which conditions does the paper's loss cost accuracy? --settings changes one thing at a time
+(see SETTINGS): how hard the classes are to see, mini-batches, sharpening, prototypes.
 
 Perhaps training does not find the classes, although the loss would prefer them. With --from_labels
 it starts there: first labels train a network with one prototype per class, and then each prior
 continues from it without labels. Does the prior of the classes keep them?
 
-    python extras/which_prior.py              # letters, few priors, two losses, 8 minutes
+    python extras/which_prior.py              # glyphs, few priors, two losses, 8 minutes
     python extras/which_prior.py --data CIFAR10 --contrasts 0   # photographs, 17 minutes
     python extras/which_prior.py --quick      # every step, with too little data, ten seconds
 
---out gets which_prior.json and which_prior.png. The models of one seed and one kind of data are in
+--out gets which_prior.json and figures. The models of one seed and one kind of data are in
 which_prior.json as soon as they are done, and the same command continues from there.
 Not in the paper: these images, the small encoders, a head with one layer and BatchNorm, no masking,
-one anchor per image, schedules for sharpening and target network (for letters), and all losses but
+one anchor per image, schedules for sharpening and target network (for glyphs), and all losses but
 the plain one.
 """
 
+import argparse
 import functools
 import itertools
 import math
@@ -53,25 +61,18 @@ from torch.optim.swa_utils import update_bn
 # The other scripts are in the folder above, and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
-from support.drawings import (SIZE, background_view, digit_view, draw, draw_gratings, make_encoder,
-                              make_pmsn, sample, schedule)
+from support.drawings import (SIZE, background_view, draw_gratings, make_encoder, make_pmsn,
+                              schedule)
 from support.evaluation import agreement, knn_predictions, linear_probe
 from support.figures import Figure, write_figure
+from support.glyphs import TEST_FONTS, TRAIN_FONTS, GlyphImages
+from support.heads import information
 from support.images import normalize_images
 from support.photographs import (load_splits, make_resnet, random_crops, read_images,
                                  warmup_cosine)
-from support.results import cell, number_of_seeds, run_or_continue, summarize
+from support.results import cell, interval, number_of_seeds, run_or_continue, summarize
 from support.runs import Distinct, Parser, UserError, available_cores, command, folder, number, say
 
-# 64 characters that differ at any size. We left out symbols that look the same in several fonts.
-# Otherwise a test image could be a copy of a training image.
-CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" "2345678" "abdefghjkmnqrty" "$&@?{]!" "ΓΔΞΠΣΦΨΩλ"
-TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif "
-               "DejaVuSerif-Bold DejaVuSans-Oblique DejaVuSerif-Italic STIXGeneral "
-               "STIXGeneralBol STIXGeneralItalic DejaVuSansMono-Oblique").split()
-TEST_FONTS = ("DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique "
-              "STIXGeneralBolIta").split()
-BATCH_SIZE = 256
 LOSSES = {  # options of the loss
     "plain": {},
     "relative": {"relative_sharpening": True},
@@ -79,42 +80,31 @@ LOSSES = {  # options of the loss
     "both": {"relative_sharpening": True, "sinkhorn_iterations": 3},
     "any_order": {"any_order": True},
 }
+# What can be changed about the glyphs and their training, one thing at a time
+DEFAULT = {
+    "fonts": 9, "deform": 0.5,  # how hard a class is to see: fonts per class, and deformations
+    "batch_size": 256,
+    "sharpening": 0.25, "first_sharpening": 0.6,  # at the end, and at the start of the training
+}
+SETTINGS = {
+    "default": {},
+    "harder to see": {"deform": 0.75},
+    "one font": {"fonts": 1},
+    "batches of 128": {"batch_size": 128},
+    "batches of 512": {"batch_size": 512},
+    "sharpening .5": {"sharpening": 0.5},
+    "constant sharpening": {"first_sharpening": 0.25},
+    "16 prototypes": {"prototypes": 16},
+    "256 prototypes": {"prototypes": 256},
+}
 # What two runs have in common that differ in their seed only: the kind of data, and the model
-SETTING = ("data_exponent", "contrast", "prior_exponent", "loss")
+COLORS = dict(zip(LOSSES, ("#d1495b", "#edae49", "#66a182", "#00798c", "#8d96a3")))
+KIND = ("setting", "data_exponent", "contrast", "prior_exponent", "loss")
 # Accuracies that are compared with the one of the uniform prior, for head, middle and tail too
 GAINS = ("knn", "probe", "balanced_knn", "balanced_probe")
 
 
 # ---- Data ----------------------------------------------------------------------------------------
-class Letters:
-    """Letters that are drawn anew for every view. Class, font and grating belong to the image.
-
-    There are `count` images. The label k has the frequency (k + 1)^-exponent, and is the same
-    letter for all seeds.
-    """
-    def __init__(self, fonts, num_classes, exponent, contrast, count):
-        # The same order for all seeds. Head classes are not the first letters of the alphabet.
-        order = np.random.default_rng(0).permutation(len(CHARACTERS))[:num_classes]
-        # Font by font: the letter of a class in a font has the index font * num_classes + class.
-        letters = draw([CHARACTERS[place] for place in order], fonts, (40, 40))
-        self.letters = F.pad(letters, [4] * 4) / 255  # (fonts * classes, 1, 48, 48)
-        self.gratings, self.contrast = draw_gratings(), contrast
-        self.letter_index = sample(torch.arange(num_classes).repeat(len(fonts)), exponent, count)
-        self.labels = self.letter_index % num_classes
-        self.backgrounds = torch.randint(len(self.gratings), (count,))
-
-    def views(self, index):
-        """Random views of these images, (B, 1, 32, 32), about in [-1, 1]."""
-        letters = digit_view(self.letters[self.letter_index[index]], deform=1.0, size=SIZE)
-        gratings = background_view(self.gratings[self.backgrounds[index]])
-        images = letters + (1 - letters) * self.contrast * gratings
-        return 2 * (images + 0.05 * torch.randn_like(images)) - 1
-
-    def all_views(self):
-        """One view of every image, (count, 1, 32, 32)."""
-        return torch.cat([self.views(part) for part in torch.arange(len(self.labels)).split(1000)])
-
-
 class Photographs:
     """`count` photographs, or all of them, and gratings.
 
@@ -165,13 +155,17 @@ def load_photographs(data, root):
 def make_data(exponent, contrast, args):
     """Images to train on, test images, and images for the classifiers with balanced labels.
 
-    The last two are balanced. The last ones are as many letters as there are to train on, or all
-    photographs of the training set.
+    The last two are balanced. The last ones are half as many glyphs as there are to train on, or
+    all photographs of the training set.
     """
-    if args.data == "letters":
-        return (Letters(TRAIN_FONTS, args.classes, exponent, contrast, args.images),
-                Letters(TEST_FONTS, args.classes, 0.0, contrast, args.images // 4),
-                Letters(TRAIN_FONTS, args.classes, 0.0, contrast, args.images))
+    if args.data == "glyphs":
+        fonts = TRAIN_FONTS[:args.fonts]
+        # Nobody knows an unseen font from a single one.
+        test_fonts = TEST_FONTS if args.fonts > 1 else fonts
+        return tuple(GlyphImages(fonts, args.classes, exponent, contrast, count, deform=args.deform)
+                     for fonts, exponent, count in ((fonts, exponent, args.images),
+                                                    (test_fonts, 0.0, args.images // 4),
+                                                    (fonts, 0.0, args.images // 2)))
     images, test_images, num_classes = load_photographs(args.data, args.root)
     order = torch.randperm(num_classes).tolist()  # Each seed has other rare classes.
     return (Photographs(images, order, exponent, contrast, args.images),
@@ -187,7 +181,7 @@ class Model:
     exponent: float | None  # of the prior, or None without PMSN
     losses: list  # names in LOSSES for which this is the model, or "supervised" or "random"
     options: dict = field(default_factory=dict)  # of the loss
-    terms: dict = field(default_factory=dict)  # of the loss, means over the last epoch
+    history: list = field(default_factory=list)  # terms of the loss, means over each epoch
 
     def __post_init__(self):
         self.network.to(memory_format=torch.channels_last)  # faster on CPUs
@@ -220,7 +214,7 @@ def make_network(seed, exponent, args):
 
 def make_encoder_for(seed, args):
     torch.manual_seed(seed)
-    return make_encoder(SIZE) if args.data == "letters" else make_resnet()
+    return make_encoder(SIZE) if args.data == "glyphs" else make_resnet()
 
 
 def make_supervised(seed, args):
@@ -256,19 +250,20 @@ def start_from(network, models):
 
 
 def train(models, data, args, title):
-    """Train all models on the same batches and views. model.terms are means over the last epoch."""
+    """Train all models on the same batches and views."""
     count = len(data.labels)
-    steps_per_epoch = count // BATCH_SIZE
+    steps_per_epoch = count // args.batch_size
     if steps_per_epoch == 0:
-        raise UserError(f"{count} images are less than one mini-batch of {BATCH_SIZE}")
+        raise UserError(f"{count} images are less than one mini-batch of {args.batch_size}")
     steps, began = args.epochs * steps_per_epoch, time.monotonic()
     for epoch in range(args.epochs):
         for model in models:
-            model.terms = {}
-        batches = torch.randperm(count).split(BATCH_SIZE)
+            model.history.append({})
+        batches = torch.randperm(count).split(args.batch_size)
         for step, batch in enumerate(batches[:steps_per_epoch], start=epoch * steps_per_epoch):
-            if args.data == "letters":
-                lr, sharpening, ema_momentum = schedule(step / steps)
+            if args.data == "glyphs":
+                lr, _, ema_momentum = schedule(step / steps)
+                sharpening = sharpening_at(step / steps, args)
             else:  # constant sharpening, as in the paper
                 lr, sharpening, ema_momentum = 2e-3 * warmup_cosine(step, steps), 0.25, 0.99
             views = [data.views(batch) for _ in range(2)]  # the target and one anchor
@@ -287,14 +282,19 @@ def train(models, data, args, title):
                     model.network.update_target(ema_momentum)
                 for name, value in terms.items():
                     if value.ndim == 0:  # all but the mean prediction
-                        mean = value.item() / steps_per_epoch
-                        model.terms[name] = model.terms.get(name, 0.0) + mean
+                        means = model.history[-1]
+                        means[name] = means.get(name, 0.0) + value.item() / steps_per_epoch
         for model in models:
-            if not all(map(math.isfinite, model.terms.values())):
+            if not all(map(math.isfinite, model.history[-1].values())):
                 raise UserError(f"the loss is not finite in epoch {epoch + 1}: prior exponent "
                                 f"{model.exponent}, {', '.join(model.losses)}")
         left = (time.monotonic() - began) * (args.epochs / (epoch + 1) - 1)
         say(f"{title}{epoch + 1:>6}{left:>7.0f}s")
+
+
+def sharpening_at(done, args):
+    """Soft targets let the first clusters still change. For the last 30% it is constant."""
+    return args.sharpening + (args.first_sharpening - args.sharpening) * max(0.0, 1 - done / 0.7)
 
 
 # ---- Measures ------------------------------------------------------------------------------------
@@ -313,11 +313,18 @@ def measure(model, sets, views, num_classes):
     features, test_features, balanced_features = [
         torch.cat([encoder(part) for part in x.split(1000)]) for x in views]
     found = {"same_background": agreement(test_features, test.backgrounds)}
-    for name, predict in (("knn", knn_predictions), ("probe", linear_probe)):
-        for kind, x, labels in (("", features, data.labels),
-                                ("balanced_", balanced_features, balanced.labels)):
-            correct = predict(x, labels, test_features) == test.labels
-            found.update(by_group(kind + name, correct, test.labels, num_classes))
+    predicted = knn_predictions(balanced_features, balanced.backgrounds, test_features)
+    found["background_knn"] = (predicted == test.backgrounds).double().mean().item()
+    long_tailed, with_balanced = (features, data.labels), (balanced_features, balanced.labels)
+    classifiers = {"knn": (knn_predictions, long_tailed),
+                   "balanced_knn": (knn_predictions, with_balanced),
+                   "balanced_probe": (linear_probe, with_balanced)}
+    # With hundreds of classes this probe would take as long as the training of the network.
+    if num_classes <= 100:
+        classifiers["probe"] = linear_probe, long_tailed
+    for name, (predict, known) in classifiers.items():
+        correct = predict(*known, test_features) == test.labels
+        found.update(by_group(name, correct, test.labels, num_classes))
     network = getattr(model.network, "pmsn", model.network)  # of ClassPrototypes
     if isinstance(network, pmsn.PMSN):
         # The head is still in training mode, so its BatchNorm takes the statistics of this batch,
@@ -327,6 +334,9 @@ def measure(model, sets, views, num_classes):
         table = F.one_hot(prototype).T.double() @ F.one_hot(data.labels, num_classes).double()
         pure = table.argmax(dim=1)[prototype] == data.labels
         found.update(by_group("purity", pure, data.labels, num_classes))
+        found["class_information"] = information(prototype, data.labels)  # in nats
+        found["background_information"] = information(prototype, data.backgrounds)
+        found["prior_prototypes"] = torch.special.entr(network.prior).sum().exp().item()
     return found
 
 
@@ -341,9 +351,10 @@ def by_group(name, values, labels, num_classes):
     return {name: values.double().mean().item(), **means}
 
 
-def experiment(seed, data_exponent, contrast, args):
+def experiment(setting, seed, data_exponent, contrast, args):
     """All models for one kind of data. Returns their entries in which_prior.json."""
     torch.set_num_threads(1)  # faster here, and the same bits for any number of cores
+    args = argparse.Namespace(**DEFAULT | vars(args) | SETTINGS[setting])
     torch.manual_seed(seed)
     sets = make_data(data_exponent, contrast, args)
     views = [data.all_views() for data in sets]
@@ -360,10 +371,11 @@ def experiment(seed, data_exponent, contrast, args):
         train([*models, supervised], sets[0], args, title)
     found = []
     for model in [random, *models, supervised]:
-        results = {**model.terms, **measure(model, sets, views, args.classes)}
-        found += [{"seed": seed, "data_exponent": data_exponent, "contrast": contrast,
-                   "prior_exponent": model.exponent, "loss": loss, "results": results}
-                  for loss in model.losses]
+        last_epoch = model.history[-1] if model.history else {}
+        results = {**last_epoch, **measure(model, sets, views, args.classes)}
+        found += [{"setting": setting, "seed": seed, "data_exponent": data_exponent,
+                   "contrast": contrast, "prior_exponent": model.exponent, "loss": loss,
+                   "results": results, "history": model.history} for loss in model.losses]
     return found
 
 
@@ -373,7 +385,8 @@ def add_gains(runs):
     Seeds differ more than priors, so this difference is more precise than the accuracies.
     """
     def key(run):
-        return run["seed"], run["data_exponent"], run["contrast"], run["loss"]
+        return (run.get("setting"), run["seed"], run["data_exponent"], run["contrast"],
+                run["loss"])
 
     uniform = {key(run): run["results"] for run in runs if run["prior_exponent"] == 0}
     for run in runs:
@@ -384,38 +397,95 @@ def add_gains(runs):
                     results[f"gain_{name}"] = results[name] - before[name]
 
 
-# ---- Figure --------------------------------------------------------------------------------------
-def plot(summary):
+# ---- Figures -------------------------------------------------------------------------------------
+def plot(runs):
     """Balanced probe over the exponent of the prior: a panel per kind of data, a line per loss."""
-    kinds = {(data_exponent, contrast) for data_exponent, contrast, _, _ in summary}
-    data_exponents, contrasts = [sorted(set(values)) for values in zip(*kinds)]
-    rows, columns = len(contrasts), len(data_exponents)
-    figure = Figure(figsize=(1 + 4 * columns, 1 + 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for ax, kind in zip(axes.T.flat, itertools.product(data_exponents, contrasts)):
-        probes = {(exponent, loss): row["balanced_probe"]
-                  for (*of_data, exponent, loss), row in summary.items() if tuple(of_data) == kind}
-        losses = [loss for loss in LOSSES if loss in {name for _, name in probes}]
+    kinds = list(dict.fromkeys((run["data_exponent"], run["contrast"]) for run in runs))
+    figure = Figure(figsize=(1 + 4 * len(kinds), 5), layout="constrained")
+    for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
+        probes = {}
+        for run in runs:
+            if (run["data_exponent"], run["contrast"]) == kind:
+                key = run["loss"], run["prior_exponent"]
+                probes.setdefault(key, []).append(run["results"]["balanced_probe"])
+        losses = [loss for loss in LOSSES if loss in {name for name, _ in probes}]
         for i, loss in enumerate(losses):
             # Moved a little, so that the error bars do not hide one another
             shift = 0.02 * (i - (len(losses) - 1) / 2)
-            exponents, mean, std = zip(*sorted(
-                (exponent + shift, probe["mean"], probe["std"])
-                for (exponent, name), probe in probes.items() if name == loss))
-            ax.errorbar(exponents, mean, std, marker="o", capsize=3, label=loss)
+            exponents = sorted(exponent for name, exponent in probes if name == loss)
+            means, halves = zip(*(interval(probes[loss, exponent]) for exponent in exponents))
+            ax.errorbar([exponent + shift for exponent in exponents], means, halves, marker="o",
+                        capsize=3, color=COLORS[loss], label=loss)
         for loss, label, style in (("supervised", "supervised", "--"),
                                    ("random", "untrained", ":")):
-            ax.axhline(probes[None, loss]["mean"], color="gray", linestyle=style, label=label)
+            ax.axhline(np.mean(probes[loss, None]), color="gray", linestyle=style, label=label)
         data_exponent, contrast = kind
         ax.axvline(data_exponent, color="gray", alpha=0.3)
         ax.set_title((f"classes k^-{data_exponent:g}" if data_exponent else "balanced classes")
-                     + (f", gratings {contrast:g}" if contrast else ""))
-    axes[0, 0].legend(fontsize="small")
-    figure.suptitle("Which prior gives the best features?\n(vertical line: the exponent of the "
-                    f"classes;\nbars: standard deviation, n = {number_of_seeds(summary)} seeds)")
+                     + (f", background {contrast:g}" if contrast else ""))
+    figure.axes[0].legend(fontsize="small")
+    figure.suptitle("Which prior gives the best features? Vertical line: the exponent of the "
+                    f"classes\n(means and 95% intervals, n = {count_seeds(runs)} seeds)")
     figure.supxlabel("exponent of the prior (0: uniform)")
     figure.supylabel("linear probe, balanced labels")
     return figure
+
+
+def plot_settings(runs):
+    """What each arm gains over the uniform prior, and how far the priors are met."""
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    settings = list(dict.fromkeys(run["setting"] for run in runs))
+    arms = list(dict.fromkeys((run["prior_exponent"], run["loss"]) for run in runs
+                              if run["prior_exponent"] is not None))
+    # With the uniform prior the losses of these names are one model.
+    arms = [(exponent, loss) for exponent, loss in arms
+            if exponent or loss not in ("relative", "both", "any_order")]
+    for i, (exponent, loss) in enumerate(arms):
+        name = f"exponent {exponent:g}, {loss}" if exponent else f"uniform, {loss}"
+        style = {"color": COLORS[loss], "label": name, "capsize": 3,
+                 "marker": "o" if exponent else "s", "linestyle": "",
+                 "markerfacecolor": COLORS[loss] if exponent else "white"}
+        rows = [row + 0.12 * ((len(arms) - 1) / 2 - i) for row in range(len(settings))]
+        if (exponent, loss) != (0, "plain"):
+            gains = [interval(gains_over_plain(runs, setting, exponent, loss))
+                     for setting in settings]
+            means, halves = zip(*gains)
+            left.errorbar(means, rows, xerr=halves, **style)
+        shares = [interval([run["results"]["effective_prototypes"]
+                            / run["results"]["prior_prototypes"] for run in runs
+                            if (run["setting"], run["prior_exponent"], run["loss"])
+                            == (setting, exponent, loss)]) for setting in settings]
+        means, halves = zip(*shares)
+        right.errorbar(means, rows, xerr=halves, **style)
+    left.axvline(0, color="gray", linewidth=0.8)
+    left.set(yticks=range(len(settings)), yticklabels=settings,
+             xlabel="k-NN with balanced labels: gain over the uniform prior, plain loss")
+    left.invert_yaxis()
+    right.axvspan(0.9, 1.1, color="gray", alpha=0.15)
+    right.set(xlabel="effective prototypes, as a share of those of the prior\n"
+                     "(gray: the prior is met within 10%)")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    worst = min(np.mean(gains_over_plain(runs, setting, exponent, "plain"))
+                for setting in settings for exponent, loss in arms if exponent and loss == "plain")
+    figure.suptitle(f"With the plain loss a power law costs up to {max(0, -100 * worst):.0f} "
+                    "points where its prior is not met\n"
+                    "(means and 95% intervals of paired differences, "
+                    f"n = {count_seeds(runs)} seeds)")
+    return figure
+
+
+def gains_over_plain(runs, setting, exponent, loss, name="balanced_knn"):
+    """An accuracy minus the one of the uniform prior with the plain loss, per seed."""
+    values = {(run["prior_exponent"], run["loss"], run["seed"]): run["results"][name]
+              for run in runs if run["setting"] == setting}
+    seeds = sorted({seed for *_, seed in values})
+    return [values[exponent, loss, seed] - values[0, "plain", seed] for seed in seeds]
+
+
+def count_seeds(runs):
+    return len({run["seed"] for run in runs})
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -424,34 +494,39 @@ def main(argv=None):
     parser = Parser("Which prior for long-tailed data? Section 5.2 of the paper on a laptop")
     add, power = parser.add_argument, number(float, 0, 4)
     several = {"nargs": "+", "action": Distinct}
-    add("--data", default="letters", help="letters, CIFAR10, or a folder with train and test")
+    add("--data", default="glyphs", help="glyphs, CIFAR10, or a folder with train and test")
     add("--root", default="data", help="where torchvision keeps CIFAR10")
-    add("--data_exponents", type=power, **several, default=[0.0, 1.0], help="class frequencies")
-    add("--contrasts", type=number(float, 0, 1), **several, default=[0.0, 0.7], help="of gratings")
-    add("--prior_exponents", type=power, **several, default=[0.0, 0.5, 1.0], help="of the priors")
-    add("--losses", choices=LOSSES, **several, default=["plain", "both"],
+    add("--data_exponents", type=power, **several, default=[1.0], help="class frequencies")
+    add("--contrasts", type=number(float, 0, 1), **several, default=[0.0],
+        help="of the backgrounds that compete with the classes")
+    add("--prior_exponents", type=power, **several, default=[0.0, 0.25, 1.0], help="of the priors")
+    add("--losses", choices=LOSSES, **several, default=["plain", "relative"],
         help="options of the loss")
-    add("--classes", type=number(int, 3, 64), default=64, help="how many letters and symbols")
+    add("--settings", choices=SETTINGS, **several, default=["default"],
+        help="of the glyphs and their training")
+    add("--classes", type=number(int, 3, 512), default=512, help="how many letters and signs")
     add("--prototypes", type=number(int, 2), default=64, help="number of prototypes")
     add("--out", type=folder, help="folder for results and figure, if not a new one in runs")
     add("--seeds", type=number(int, 0, 2_000_000_000), **several, default=[0], help="one run each")
-    add("--images", type=number(int, 256), help="to train on (letters: 16,000, photographs: 5,800)")
-    add("--epochs", type=number(int, 1), help="of training (letters: 10, photographs: 20)")
+    add("--images", type=number(int, 256), help="to train on (glyphs: 16,000, photographs: 5,800)")
+    add("--epochs", type=number(int, 1), help="of training (glyphs: 12, photographs: 20)")
     add("--workers", type=number(int, 1, 1000), default=available_cores(), help="processes")
     add("--from_labels", action="store_true", help="start where labels lead")
     add("--quick", action="store_true", help="few images and models, in ten seconds")
     args = parser.parse_args(argv)
     if args.quick:
-        args.data_exponents, args.contrasts, args.prior_exponents = [1.0], [0.7], [0.0, 1.0]
+        args.data_exponents, args.contrasts, args.prior_exponents = [1.0], [1.0], [0.0, 1.0]
         args.images, args.epochs = 512, 1
-    letters = args.data == "letters"
+    glyphs = args.data == "glyphs"
     name = "quick" if args.quick else Path(args.data).name
     args.out = args.out or Path("runs", f"which_prior_{name}")
     # 2,000 images of the most frequent of ten classes give 5,858 images with frequencies k^-1.
-    args.images = args.images or (16_000 if letters else 5800)
-    args.epochs = args.epochs or (10 if letters else 20)
+    args.images = args.images or (16_000 if glyphs else 5800)
+    args.epochs = args.epochs or (12 if glyphs else 20)
+    if not glyphs and args.settings != ["default"]:
+        parser.error("--settings is for glyphs")
     try:
-        if not letters:
+        if not glyphs:
             images, _, args.classes = load_photographs(args.data, args.root)
             if args.classes < 3:
                 raise ValueError("there must be three classes or more: frequent, middle and rare")
@@ -465,23 +540,42 @@ def main(argv=None):
     if args.from_labels and args.prototypes != args.classes:
         parser.error(f"--from_labels needs one prototype per class: --prototypes {args.classes}")
 
-    say("seed     data  contrast epoch    left")
-    jobs = list(itertools.product(args.seeds, args.data_exponents, args.contrasts))
-    config = {name: value for name, value in vars(args).items()
-              if name not in ("data_exponents", "contrasts", "out", "root", "seeds", "workers")}
+    say("Images of a mini-batch that the rarest and the most frequent prototype expect (B * pi_k)\n"
+        "setting              prior    rarest   largest")
+    for setting, exponent in itertools.product(args.settings, args.prior_exponents):
+        options = {**DEFAULT, "prototypes": args.prototypes, **SETTINGS[setting]}
+        expected = options["batch_size"] * pmsn.power_law_prior(options["prototypes"], exponent)
+        say(f"{setting:20}{exponent:>6.2f}{expected.min():>10.2f}{expected.max():>10.1f}")
+    say("\nseed     data  contrast epoch    left")
+    jobs = list(itertools.product(args.settings, args.seeds, args.data_exponents, args.contrasts))
+    config = {name: value for name, value in vars(args).items() if name not in (
+        "settings", "data_exponents", "contrasts", "out", "root", "seeds", "workers")}
     runs = run_or_continue(experiment, jobs, args, config, args.out / "which_prior.json")
     add_gains(runs)
-    summary = summarize(runs, key=lambda run: tuple(run[name] for name in SETTING))
-    say(f"\nmean ± std over n = {number_of_seeds(summary)} seeds")
-    columns = ["knn", "probe", "balanced_knn", "balanced_probe", "same_background",
+    summary = summarize(runs, key=lambda run: tuple(run[name] for name in KIND))
+    say(f"\nmean ± 95% interval over n = {number_of_seeds(summary)} seeds")
+    columns = ["knn", "probe", "balanced_knn", "balanced_probe", "background_knn",
                *(f"gain_{name}" for name in GAINS)]
-    say("data contrast prior       loss" + "".join(f"{column:>20}" for column in columns))
-    for (data_exponent, contrast, exponent, loss), row in summary.items():
+    say("data contrast prior       loss" + "".join(f"{column:>20}" for column in columns)
+        + "  prior")
+    for (setting, data_exponent, contrast, exponent, loss), row in summary.items():
         exponent = "" if exponent is None else f"{exponent:.2f}"
         say(f"{data_exponent:>4.2f}{contrast:>9.2f}{exponent:>6}{loss:>11}"
-            + "".join(f"{cell(row, column):>20}" for column in columns))
-    write_figure(args.out / "which_prior.png", plot, summary)
-    say(f"which_prior.json and which_prior.png are in {args.out}")
+            + "".join(f"{cell(row, column, 'interval'):>20}" for column in columns)
+            + f"  {met(row)}" + (f"  {setting}" if setting != "default" else ""))
+    if len(args.settings) > 1:
+        write_figure(args.out / "settings.png", plot_settings, runs)
+    else:
+        write_figure(args.out / "which_prior.png", plot, runs)
+    say(f"which_prior.json and the figure are in {args.out}")
+
+
+def met(row):
+    """Whether the number of effective prototypes is within 10% of that of the prior."""
+    if "prior_prototypes" not in row:
+        return ""
+    share = row["effective_prototypes"]["mean"] / row["prior_prototypes"]["mean"]
+    return "met" if abs(share - 1) <= 0.1 else "not met"
 
 
 if __name__ == "__main__":
