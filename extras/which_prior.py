@@ -572,7 +572,7 @@ def main(argv=None):
 
 def met(row):
     """Whether the number of effective prototypes is within 10% of that of the prior."""
-    if "prior_prototypes" not in row:
+    if "effective_prototypes" not in row:
         return ""
     share = row["effective_prototypes"]["mean"] / row["prior_prototypes"]["mean"]
     return "met" if abs(share - 1) <= 0.1 else "not met"

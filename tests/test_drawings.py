@@ -1,4 +1,4 @@
-"""support/drawings.py: digits, letters, gratings, their random views, and the small encoder."""
+"""support/drawings.py: digits, gratings, their random views, and the small encoder."""
 
 import math
 

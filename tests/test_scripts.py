@@ -23,6 +23,7 @@ import rcdm
 import toy_kmeans
 import train_inat
 import transfer
+import which_feature
 import which_prior
 
 REPOSITORY = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def test_everything_imports_downwards():
     allowed = {"rcdm.py": {"mnist_corner"}, "benchmark.py": {"train_inat"},
                "make.py": {"imbalance", "mnist_corner", "which_prior"}}
     files = [*SCRIPTS, REPOSITORY / "results" / "make.py"]
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         ours = {name for name in imports(path) if is_ours(name) or name.startswith("support")}
         others = {name for name in ours if name != "pmsn" and not name.startswith("support.")}
@@ -137,7 +138,7 @@ def test_everything_imports_downwards():
         # support/ makes sure that no missing backend for notebooks stops its import.
         assert not any(name.startswith("matplotlib") for name in imports(path)), path
     above = {path.stem: imports(path) for path in (REPOSITORY / "support").glob("*.py")}
-    assert len(above) == 9
+    assert len(above) == 10
     for name, imported in above.items():
         ours = {module for module in imported if is_ours(module) or module.startswith("support")}
         assert {module.split(".")[0] for module in ours} <= {"pmsn", "support"}, name
@@ -247,11 +248,16 @@ def imbalance_runs(seed, name, classes_per_batch, args):
              "results": dict.fromkeys(tasks, 0.5)}]
 
 
-def which_prior_runs(seed, data_exponent, contrast, args):
+def which_prior_runs(setting, seed, data_exponent, contrast, args):
     models = [(None, "random"), (0.0, "plain"), (1.0, "plain"), (None, "supervised")]
-    return [{"seed": seed, "data_exponent": data_exponent, "contrast": contrast, "loss": loss,
-             "prior_exponent": exponent, "results": {"balanced_probe": 0.5}}
-            for exponent, loss in models]
+    return [{"setting": setting, "seed": seed, "data_exponent": data_exponent,
+             "contrast": contrast, "loss": loss, "prior_exponent": exponent,
+             "results": {"balanced_probe": 0.5}} for exponent, loss in models]
+
+
+def which_feature_runs(part, seed, data_exponent, args):
+    return [{"seed": seed, "data_exponent": data_exponent, "prior_exponent": exponent,
+             "loss": "plain", "results": {"class": 0.5}} for exponent in (0.0, 1.0)]
 
 # For each script: its file of results, its plots and figures, its jobs per seed, and their runs.
 EXPERIMENTS = {
@@ -259,13 +265,17 @@ EXPERIMENTS = {
                                     "plot_preference": "preference.png"}, 2, corner_runs),
     rcdm: ("rcdm.json", {"plot_prototypes": "rcdm.png"}, 2, rcdm_runs),
     imbalance: ("results.json", {"plot": "imbalance.png"}, 8, imbalance_runs),
-    which_prior: ("which_prior.json", {"plot": "which_prior.png"}, 1, which_prior_runs)}
+    which_prior: ("which_prior.json", {"plot": "which_prior.png"}, 1, which_prior_runs),
+    which_feature: ("which_feature.json", {"plot": "which_feature.png"}, 2, which_feature_runs)}
 
 
 def counted_job(find_runs, *job):
     """The runs of a job, which is written down. The file `kill` has the number of the last job."""
     *job, args = job
-    if job[0] == "lowest_losses":  # of mnist_corner.py, once for all seeds
+    if job[0] == "lowest_losses":  # once for all seeds
+        if find_runs is which_feature_runs:
+            return [{"data_exponent": job[1], "prior_exponent": 0.0,
+                     "results": {"class": 0.5, "background": 0.4}}]
         return [{"disagree": job[1], "exponent": 0.0, "results": {"both": 0.5}}]
     with open(args.out / "calls.txt", "a") as file:
         file.write(f"{job}\n")

@@ -17,34 +17,45 @@ import which_prior
 from support import photographs
 
 
-def test_classes_follow_the_exponent_and_nothing_else_does():
-    data = which_prior.Letters(which_prior.TRAIN_FONTS, 4, 1.0, 0.5, 24_000)
-    assert torch.bincount(data.labels) / 960 == pytest.approx([12, 6, 4, 3], abs=0.5)  # k^-1
-    head = data.labels == 0
-    fonts = data.letter_index // 4  # The letters are listed font by font.
-    for values, kinds in ((fonts, 12), (data.backgrounds, 10)):
-        shares = torch.bincount(values[head]) / 11_520
-        assert shares == pytest.approx([1 / kinds] * kinds, abs=0.015)
+def test_glyphs_of_all_settings():
+    """Test images are in other fonts, if there are several. Nine fonts are all of them."""
+    for setting in which_prior.SETTINGS.values():
+        args = SimpleNamespace(**which_prior.DEFAULT | {"prototypes": 64, **setting},
+                               data="glyphs", classes=5, images=40)
+        train, test, balanced = which_prior.make_data(1.0, 0.0, args)
+        assert [len(x.labels) for x in (train, test, balanced)] == [40, 10, 20]
+        assert len(train.glyphs) == len(balanced.glyphs) == 5 * args.fonts
+        assert torch.equal(train.glyphs, test.glyphs) == (args.fonts == 1)
+        assert {x.deform for x in (train, test, balanced)} == {args.deform}
+    assert {len(which_prior.TRAIN_FONTS), 1} == {
+        which_prior.DEFAULT["fonts"], which_prior.SETTINGS["one font"]["fonts"]}
 
 
-def test_test_images_are_in_other_fonts():
-    train, test = (which_prior.Letters(fonts, 64, 0.0, 0.0, 10) for fonts in (
-        which_prior.TRAIN_FONTS, which_prior.TEST_FONTS))
-    letters = torch.cat([train.letters, test.letters]).flatten(1)
-    assert len(letters) == 16 * 64 == len(letters.unique(dim=0))
+def test_sharpening_falls_and_stays():
+    """By hand: from .6 to .25 in 70% of the training, as in support.drawings.schedule."""
+    args = SimpleNamespace(**which_prior.DEFAULT)
+    found = [which_prior.sharpening_at(done, args) for done in (0, 0.35, 0.7, 1)]
+    assert found == pytest.approx([0.6, 0.425, 0.25, 0.25])
+    assert found == pytest.approx([which_prior.schedule(done)[1] for done in (0, 0.35, 0.7, 1)])
+    constant = SimpleNamespace(sharpening=0.25, first_sharpening=0.25)
+    assert {which_prior.sharpening_at(done, constant) for done in (0, 0.3, 1)} == {0.25}
 
 
-def test_views_show_the_class_and_the_grating():
-    """Without contrast the background is black. The average view looks like its letter."""
-    for contrast, gray in ((0.0, -1.0), (0.8, -0.2)):  # Gratings are gray on average.
-        data = which_prior.Letters(["DejaVuSans"], 8, 0.0, contrast, 4000)
-        views = data.all_views()
-        assert views.shape == (4000, 1, 32, 32)
-        assert views[..., 0, 0].mean().item() == pytest.approx(gray, abs=0.1)
-        means = torch.stack([views[data.labels == c].mean(dim=0).flatten() for c in range(8)])
-        letters = F.interpolate(data.letters, 32, mode="bilinear").flatten(1)
-        correlations = torch.cat([letters, means]).corrcoef()[:8, 8:]
-        assert correlations.argmax(dim=1).tolist() == list(range(8))
+def test_a_prior_is_met_within_a_tenth():
+    row = {"prior_prototypes": {"mean": 50.0}}
+    for number, expected in ((44.9, "not met"), (45.1, "met"), (54.9, "met"), (55.1, "not met")):
+        assert which_prior.met({**row, "effective_prototypes": {"mean": number}}) == expected
+    assert which_prior.met(row) == ""  # a supervised network
+
+
+def test_gains_over_the_plain_uniform_prior_are_paired():
+    runs = [{"setting": setting, "seed": seed, "prior_exponent": exponent, "loss": loss,
+             "results": {"balanced_knn": value}} for setting, seed, exponent, loss, value in (
+        ("default", 4, 0, "plain", 0.5), ("default", 4, 1, "both", 0.7),
+        ("default", 2, 1, "both", 0.1), ("default", 2, 0, "plain", 0.4),
+        ("one font", 2, 0, "plain", 0.9))]
+    gains = which_prior.gains_over_plain(runs, "default", 1, "both")
+    assert gains == [pytest.approx(-0.3), pytest.approx(0.2)]
 
 
 def make_photographs(counts=(40, 40, 40), **options):
@@ -122,7 +133,16 @@ def test_measures_by_hand():
     network.prototypes.data = torch.eye(4)
     model = SimpleNamespace(network=network, tested_encoder=network.target_encoder)
     found = which_prior.measure(model, sets, views, 3)
-    expected = {"same_background": 1.0,
+    # The images of three prototypes: 24 with classes 0, 0, 1, then 8 with class 0, and 8 with 2.
+    shares = np.array([[16, 8, 0], [8, 0, 0], [0, 0, 8]]) / 40
+    independent = shares.sum(axis=1, keepdims=True) * shares.sum(axis=0)
+    known = sum(p * math.log(p / q) for p, q in zip(shares.flat, independent.flat) if p)
+    # Prototype 0 has background 0, and prototypes 1 and 3 have background 1.
+    background = -0.6 * math.log(0.6) - 0.4 * math.log(0.4)
+    prior = np.array([12, 6, 4, 3]) / 25
+    expected = {"same_background": 1.0, "background_knn": 1.0,
+                "class_information": known, "background_information": background,
+                "prior_prototypes": math.exp(-sum(prior * np.log(prior))),
                 **{f"purity{group}": value for group, value in (
                     ("", 4 / 5), ("_head", 1), ("_middle", 0), ("_tail", 1))}}
     for name in ("knn", "probe"):  # Of the test images, prototype 0 has class 0 and class 1.
@@ -158,9 +178,9 @@ def test_views_do_not_depend_on_which_models_there_are(monkeypatch):
     monkeypatch.setattr(which_prior, "train", lambda *_: states.append(torch.get_rng_state()))
     monkeypatch.setattr(which_prior, "measure", measure_nothing)
     for losses in (["plain"], ["plain", "relative", "both"]):
-        args = SimpleNamespace(data="letters", classes=3, images=256, prototypes=5, losses=losses,
+        args = SimpleNamespace(data="glyphs", classes=3, images=256, prototypes=5, losses=losses,
                                prior_exponents=[1.0], from_labels=False)
-        which_prior.experiment(3, 1.0, 0.0, args)
+        which_prior.experiment("default", 3, 1.0, 0.0, args)
     assert torch.equal(*states)
 
 
@@ -181,22 +201,40 @@ def test_quick_run_end_to_end(tmp_path, jobs_here, short_probes, capsys):
     assert names == [(None, "random"), (0, "plain"), (0, "relative"), (1, "plain"),
                      (1, "relative"), (None, "supervised")]
     kinds = {(run["seed"], run["data_exponent"], run["contrast"]) for run in runs}
-    assert kinds == {(3, 1.0, 0.7)}
+    assert kinds == {(3, 1.0, 1.0)}
     assert results[1] == results[2]  # With the uniform prior, both ways are the same.
     assert all(results[i] != results[j] for i, j in ((1, 3), (3, 4), (2, 4)))
     assert all(0 < result[name] < 1 for result in results for name in ("knn", "probe"))
     assert results[0]["knn"] == pytest.approx(untrained_knn(3, 8, 512), abs=0.01)
-    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
-    assert len(table) == 2 + 6 + 1 and len(set(map(len, table[1:-1]))) == 1  # aligned
+    assert [len(run["history"]) for run in runs] == [0, 1, 1, 1, 1, 1]
+    assert runs[3]["history"][0]["cross_entropy"] == results[3]["cross_entropy"]
+    text = capsys.readouterr().out
+    # Of 256 images of a mini-batch 4 per prototype, or 256 / H_64 and a 64th of it.
+    assert text.splitlines()[2:4] == ["default               0.00      4.00       4.0",
+                                      "default               1.00      0.84      54.0"]
+    table = text.split("\n\n")[2].splitlines()
+    assert len(table) == 2 + 6 + 1
+    assert len({len(row.rpartition("  ")[0]) for row in table[1:-1]}) == 1  # aligned
     assert min(Image.open(tmp_path / "which_prior.png").size) > 300
+
+
+def test_settings_end_to_end(tmp_path, jobs_here, short_probes, coarse_figures):
+    """Two settings of the same seed, and the figure that compares them."""
+    options = ["--classes", "4", "--prototypes", "5", "--out", str(tmp_path), "--workers", "1"]
+    which_prior.main(["--quick", "--settings", "one font", "16 prototypes", *options])
+    content = json.loads((tmp_path / "which_prior.json").read_text())
+    prototypes = {run["setting"]: run["results"]["prior_prototypes"] for run in content["runs"]
+                  if run["prior_exponent"] == 0}
+    assert prototypes == {"one font": pytest.approx(5), "16 prototypes": pytest.approx(16)}
+    assert min(Image.open(tmp_path / "settings.png").size) > 300
 
 
 def untrained_knn(seed, classes, count):
     """The accuracy of weighted k-NN on features of an untrained encoder, by NumPy."""
     torch.manual_seed(seed)
-    data = [which_prior.Letters(fonts, classes, exponent, 0.7, n) for fonts, exponent, n in (
+    data = [which_prior.GlyphImages(fonts, classes, exponent, 1.0, n) for fonts, exponent, n in (
         (which_prior.TRAIN_FONTS, 1.0, count), (which_prior.TEST_FONTS, 0.0, count // 4),
-        (which_prior.TRAIN_FONTS, 0.0, count))]
+        (which_prior.TRAIN_FONTS, 0.0, count // 2))]
     views = [images.all_views() for images in data]
     torch.manual_seed(seed)
     encoder = which_prior.make_encoder(32)
@@ -212,7 +250,7 @@ def untrained_knn(seed, classes, count):
 def test_photographs_end_to_end(tmp_path, jobs_here, short_probes, monkeypatch, capsys):
     """Images of three classes, with colors that differ a little, from a folder."""
     monkeypatch.setattr(which_prior, "write_figure", lambda *_: None)  # see the quick run
-    monkeypatch.setattr(which_prior, "BATCH_SIZE", 64)
+    monkeypatch.setitem(which_prior.DEFAULT, "batch_size", 64)
     for split, count in (("train", 140), ("test", 20)):
         for c in range(3):
             (tmp_path / split / str(c)).mkdir(parents=True)
@@ -287,13 +325,12 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("name", ["letters", "CIFAR10"])
-def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["glyphs", "CIFAR10"])
+def test_training_equals_a_plain_loop(name, float64, capsys):
     """PMSN and a supervised network, two epochs of three steps, written out for each of them."""
-    monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
-    args = SimpleNamespace(prior_exponents=[1.0], losses=["any_order"], data=name, classes=3,
-                           prototypes=5, epochs=2, from_labels=False)
-    channels = 1 if name == "letters" else 3
+    args = SimpleNamespace(**which_prior.DEFAULT | {"batch_size": 4}, prior_exponents=[1.0],
+                           losses=["any_order"], data=name, classes=3, prototypes=5, epochs=2, from_labels=False)
+    channels = 1 if name == "glyphs" else 3
     models, twins = [[*which_prior.make_models(0, args), which_prior.make_supervised(0, args)]
                      for _ in range(2)]
     data = FixedViews(channels)
@@ -339,15 +376,15 @@ def test_training_equals_a_plain_loop(name, float64, monkeypatch, capsys):
         for name, value in twin.network.state_dict().items():
             torch.testing.assert_close(model.network.state_dict()[name], value, rtol=1e-6,
                                        atol=1e-7, msg=name)
-    assert models[0].terms["cross_entropy"] == pytest.approx(sum(terms[3:]) / 3, rel=1e-4)
-    assert models[1].terms == {} and capsys.readouterr().out.count("\n") == 2
+    found = [epoch["cross_entropy"] for epoch in models[0].history]
+    assert found == pytest.approx([sum(terms[:3]) / 3, sum(terms[3:]) / 3], rel=1e-4)
+    assert models[1].history == [{}, {}] and capsys.readouterr().out.count("\n") == 2
 
 
-def test_all_priors_start_from_the_same_supervised_network(capsys, monkeypatch):
+def test_all_priors_start_from_the_same_supervised_network(capsys):
     """It classifies by its prototypes, and each prior gets its weights, target network included."""
-    monkeypatch.setattr(which_prior, "BATCH_SIZE", 4)
-    args = SimpleNamespace(prior_exponents=[0.0, 1.0], losses=["plain"], data="CIFAR10", classes=3,
-                           prototypes=3, epochs=20, from_labels=True)
+    args = SimpleNamespace(batch_size=4, prior_exponents=[0.0, 1.0], losses=["plain"],
+                           data="CIFAR10", classes=3, prototypes=3, epochs=20, from_labels=True)
     models, supervised = which_prior.make_models(0, args), which_prior.make_supervised(0, args)
     start, data = supervised.network.pmsn, FixedViews(3)
     assert supervised.tested_encoder is start.encoder
@@ -376,4 +413,4 @@ def test_too_few_images_are_an_error():
     """Rounding of the class sizes can leave less than a mini-batch. Nothing would be trained."""
     data = SimpleNamespace(labels=torch.zeros(255))
     with pytest.raises(which_prior.UserError, match="255 images are less than one mini-batch"):
-        which_prior.train([], data, SimpleNamespace(epochs=1), "")
+        which_prior.train([], data, SimpleNamespace(epochs=1, batch_size=256), "")
