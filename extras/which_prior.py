@@ -20,7 +20,8 @@ All models of one seed and one kind of data start from the same weights, see the
 the same learning rate. Then two classifiers (k-NN, linear probe) learn from frozen features, and
 are tested on balanced images: `knn` and `probe` learn from the training images, which are
 long-tailed as in the paper, `balanced_knn` and `balanced_probe` from balanced images. (With more
-than 100 classes `probe` is left out, because it would take as long as the training.) Glyphs are
+than 100 classes `probe` is left out, and with several --settings `balanced_probe` too, because they
+would take as long as the training.) Glyphs are
 tested in bold slanted fonts that no training image has. A supervised model and an untrained encoder
 show how much there is to learn. A prior is met if the number of effective prototypes in the last
 epoch is within 10% of the prior's: otherwise a run says little about its prior.
@@ -192,12 +193,7 @@ def make_models(seed, args):
     """PMSN for each prior and loss. All encoders start equal."""
     models = {}
     for exponent, loss in itertools.product(args.prior_exponents, args.losses):
-        options = dict(LOSSES[loss])
-        if exponent == 0:
-            # With the uniform prior these two change nothing. So plain, relative and any_order are
-            # one model, which we train once, and so are Sinkhorn and both.
-            options.pop("relative_sharpening", None)
-            options.pop("any_order", None)
+        options = options_of(exponent, loss)
         key = (exponent, tuple(options))
         if key in models:
             models[key].losses.append(loss)
@@ -206,6 +202,19 @@ def make_models(seed, args):
         # The target network is tested, as in MSN.
         models[key] = Model(network, network.target_encoder, exponent, [loss], options)
     return list(models.values())
+
+
+def options_of(exponent, loss):
+    """Options of the loss {name: value}, without those that change nothing.
+
+    With the uniform prior, relative sharpening and any order change nothing. So plain, relative and
+    any_order are one model, which we train once, and so are Sinkhorn and both.
+    """
+    options = dict(LOSSES[loss])
+    if exponent == 0:
+        options.pop("relative_sharpening", None)
+        options.pop("any_order", None)
+    return options
 
 
 def make_network(seed, exponent, args):
@@ -299,7 +308,7 @@ def sharpening_at(done, args):
 
 # ---- Measures ------------------------------------------------------------------------------------
 @torch.no_grad()
-def measure(model, sets, views, num_classes):
+def measure(model, sets, views, args):
     """Accuracy on test images, and how the training images use the prototypes.
 
     `sets` are those of `make_data`, and `views` is one view of each of their images.
@@ -317,23 +326,24 @@ def measure(model, sets, views, num_classes):
     found["background_knn"] = (predicted == test.backgrounds).double().mean().item()
     long_tailed, with_balanced = (features, data.labels), (balanced_features, balanced.labels)
     classifiers = {"knn": (knn_predictions, long_tailed),
-                   "balanced_knn": (knn_predictions, with_balanced),
-                   "balanced_probe": (linear_probe, with_balanced)}
-    # With hundreds of classes this probe would take as long as the training of the network.
-    if num_classes <= 100:
+                   "balanced_knn": (knn_predictions, with_balanced)}
+    # With hundreds of classes a probe takes half as long as the training of the network.
+    if args.probe:
+        classifiers["balanced_probe"] = linear_probe, with_balanced
+    if args.classes <= 100:
         classifiers["probe"] = linear_probe, long_tailed
     for name, (predict, known) in classifiers.items():
         correct = predict(*known, test_features) == test.labels
-        found.update(by_group(name, correct, test.labels, num_classes))
+        found.update(by_group(name, correct, test.labels, args.classes))
     network = getattr(model.network, "pmsn", model.network)  # of ClassPrototypes
     if isinstance(network, pmsn.PMSN):
         # The head is still in training mode, so its BatchNorm takes the statistics of this batch,
         # which has all training images.
         prototype = pmsn.cosine(network.target_head(features), network.prototypes).argmax(dim=1)
         # Is the class of an image the most frequent one of its prototype? (prototypes, classes)
-        table = F.one_hot(prototype).T.double() @ F.one_hot(data.labels, num_classes).double()
+        table = F.one_hot(prototype).T.double() @ F.one_hot(data.labels, args.classes).double()
         pure = table.argmax(dim=1)[prototype] == data.labels
-        found.update(by_group("purity", pure, data.labels, num_classes))
+        found.update(by_group("purity", pure, data.labels, args.classes))
         found["class_information"] = information(prototype, data.labels)  # in nats
         found["background_information"] = information(prototype, data.backgrounds)
         found["prior_prototypes"] = torch.special.entr(network.prior).sum().exp().item()
@@ -372,7 +382,7 @@ def experiment(setting, seed, data_exponent, contrast, args):
     found = []
     for model in [random, *models, supervised]:
         last_epoch = model.history[-1] if model.history else {}
-        results = {**last_epoch, **measure(model, sets, views, args.classes)}
+        results = {**last_epoch, **measure(model, sets, views, args)}
         found += [{"setting": setting, "seed": seed, "data_exponent": data_exponent,
                    "contrast": contrast, "prior_exponent": model.exponent, "loss": loss,
                    "results": results, "history": model.history} for loss in model.losses]
@@ -436,11 +446,7 @@ def plot_settings(runs):
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     settings = list(dict.fromkeys(run["setting"] for run in runs))
-    arms = list(dict.fromkeys((run["prior_exponent"], run["loss"]) for run in runs
-                              if run["prior_exponent"] is not None))
-    # With the uniform prior the losses of these names are one model.
-    arms = [(exponent, loss) for exponent, loss in arms
-            if exponent or loss not in ("relative", "both", "any_order")]
+    arms = arms_of(runs)
     for i, (exponent, loss) in enumerate(arms):
         name = f"exponent {exponent:g}, {loss}" if exponent else f"uniform, {loss}"
         style = {"color": COLORS[loss], "label": name, "capsize": 3,
@@ -474,6 +480,16 @@ def plot_settings(runs):
                     "(means and 95% intervals of paired differences, "
                     f"n = {count_seeds(runs)} seeds)")
     return figure
+
+
+def arms_of(runs):
+    """The arms (exponent of the prior, loss) of these runs. Of equal ones only the first."""
+    arms = {}
+    for run in runs:
+        exponent, loss = run["prior_exponent"], run["loss"]
+        if exponent is not None:
+            arms.setdefault((exponent, tuple(options_of(exponent, loss))), (exponent, loss))
+    return list(arms.values())
 
 
 def gains_over_plain(runs, setting, exponent, loss, name="balanced_knn"):
@@ -523,6 +539,7 @@ def main(argv=None):
     # 2,000 images of the most frequent of ten classes give 5,858 images with frequencies k^-1.
     args.images = args.images or (16_000 if glyphs else 5800)
     args.epochs = args.epochs or (12 if glyphs else 20)
+    args.probe = len(args.settings) == 1
     if not glyphs and args.settings != ["default"]:
         parser.error("--settings is for glyphs")
     try:

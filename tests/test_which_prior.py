@@ -41,6 +41,14 @@ def test_sharpening_falls_and_stays():
     assert {which_prior.sharpening_at(done, constant) for done in (0, 0.3, 1)} == {0.25}
 
 
+def test_arms_that_are_one_model_count_once():
+    runs = [{"prior_exponent": exponent, "loss": loss} for exponent, loss in (
+        (None, "random"), (0.0, "plain"), (0.0, "relative"), (0.0, "both"), (0.0, "Sinkhorn"),
+        (0.5, "plain"), (0.5, "relative"), (0.0, "plain"), (0.5, "both"), (None, "supervised"))]
+    assert which_prior.arms_of(runs) == [
+        (0.0, "plain"), (0.0, "both"), (0.5, "plain"), (0.5, "relative"), (0.5, "both")]
+
+
 def test_a_prior_is_met_within_a_tenth():
     row = {"prior_prototypes": {"mean": 50.0}}
     for number, expected in ((44.9, "not met"), (45.1, "met"), (54.9, "met"), (55.1, "not met")):
@@ -132,7 +140,8 @@ def test_measures_by_hand():
                         head=torch.nn.Identity(), output_dim=4, patch_drop=0.0)
     network.prototypes.data = torch.eye(4)
     model = SimpleNamespace(network=network, tested_encoder=network.target_encoder)
-    found = which_prior.measure(model, sets, views, 3)
+    args = SimpleNamespace(classes=3, probe=True)
+    found = which_prior.measure(model, sets, views, args)
     # The images of three prototypes: 24 with classes 0, 0, 1, then 8 with class 0, and 8 with 2.
     shares = np.array([[16, 8, 0], [8, 0, 0], [0, 0, 8]]) / 40
     independent = shares.sum(axis=1, keepdims=True) * shares.sum(axis=0)
@@ -150,6 +159,12 @@ def test_measures_by_hand():
         name = f"balanced_{name}"
         expected |= {name: 3 / 4, f"{name}_head": 1 / 2, f"{name}_middle": 1, f"{name}_tail": 1}
     assert found == pytest.approx(expected)
+    # Probes are left out where they take too long.
+    args.classes = 101
+    found = which_prior.measure(model, sets, views, args)
+    assert "balanced_probe" in found and "probe" not in found
+    args.probe = False
+    assert not any("probe" in name for name in which_prior.measure(model, sets, views, args))
 
 
 def measure_nothing(*_):
@@ -179,7 +194,7 @@ def test_views_do_not_depend_on_which_models_there_are(monkeypatch):
     monkeypatch.setattr(which_prior, "measure", measure_nothing)
     for losses in (["plain"], ["plain", "relative", "both"]):
         args = SimpleNamespace(data="glyphs", classes=3, images=256, prototypes=5, losses=losses,
-                               prior_exponents=[1.0], from_labels=False)
+                               prior_exponents=[1.0], from_labels=False, probe=True)
         which_prior.experiment("default", 3, 1.0, 0.0, args)
     assert torch.equal(*states)
 
