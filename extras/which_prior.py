@@ -557,12 +557,18 @@ def main(argv=None):
     if args.from_labels and args.prototypes != args.classes:
         parser.error(f"--from_labels needs one prototype per class: --prototypes {args.classes}")
 
-    say("Images of a mini-batch that the rarest and the most frequent prototype expect (B * pi_k)\n"
-        "setting              prior    rarest   largest")
+    say("Images of a mini-batch that the rarest and the most frequent prototype expect "
+        "(B * pi_k),\nand the KL to the prior if no class is split (greedy), in nats\n"
+        "setting               prior    rarest   largest"
+        + "".join(f"   classes k^-{exponent:g}" for exponent in args.data_exponents))
     for setting, exponent in itertools.product(args.settings, args.prior_exponents):
         options = {**DEFAULT, "prototypes": args.prototypes, **SETTINGS[setting]}
-        expected = options["batch_size"] * pmsn.power_law_prior(options["prototypes"], exponent)
-        say(f"{setting:20}{exponent:>6.2f}{expected.min():>10.2f}{expected.max():>10.1f}")
+        prior = pmsn.power_law_prior(options["prototypes"], exponent)
+        expected = options["batch_size"] * prior
+        costs = [cost_of_whole_classes(pmsn.power_law_prior(args.classes, exponent), prior)
+                 for exponent in args.data_exponents]
+        say(f"{setting:20}{exponent:>7.2f}{expected.min():>10.2f}{expected.max():>10.1f}"
+            + "".join(f"{cost:>15.3f}" for cost in costs))
     say("\nseed     data  contrast epoch    left")
     jobs = list(itertools.product(args.settings, args.seeds, args.data_exponents, args.contrasts))
     config = {name: value for name, value in vars(args).items() if name not in (
@@ -585,6 +591,18 @@ def main(argv=None):
     else:
         write_figure(args.out / "which_prior.png", plot, runs)
     say(f"which_prior.json and the figure are in {args.out}")
+
+
+def cost_of_whole_classes(shares, prior):
+    """KL(filled || prior) in nats if prototypes are filled with whole classes: (C,), (K,).
+
+    The most frequent class comes first, and each goes to the prototype that lacks most. So the KL
+    is an upper bound of the lowest one.
+    """
+    filled = torch.zeros_like(prior)
+    for share in shares.sort(descending=True).values:
+        filled[(prior - filled).argmax()] += share
+    return (torch.xlogy(filled, filled) - filled * prior.log()).sum().item()
 
 
 def met(row):

@@ -49,6 +49,22 @@ def test_arms_that_are_one_model_count_once():
         (0.0, "plain"), (0.0, "both"), (0.5, "plain"), (0.5, "relative"), (0.5, "both")]
 
 
+def test_the_cost_of_whole_classes_by_hand():
+    """Shares .5, .3, .2 and two prototypes: .5 | .3 + .2, which the uniform prior has.
+
+    With the prior .8, .2 it is .5 + .3 | .2, with .6, .4 it is .5 + .2 | .3. Two classes of
+    three prototypes leave one of them empty.
+    """
+    shares = torch.tensor([0.3, 0.5, 0.2])
+    for prior, filled in (((0.5, 0.5), (0.5, 0.5)), ((0.8, 0.2), (0.8, 0.2)),
+                          ((0.6, 0.4), (0.5 + 0.2, 0.3))):
+        expected = sum(f * math.log(f / p) for f, p in zip(filled, prior))
+        found = which_prior.cost_of_whole_classes(shares, torch.tensor(prior))
+        assert found == pytest.approx(expected, abs=1e-6)
+    found = which_prior.cost_of_whole_classes(torch.tensor([0.5, 0.5]), torch.ones(3) / 3)
+    assert found == pytest.approx(math.log(1.5), abs=1e-6)
+
+
 def test_a_prior_is_met_within_a_tenth():
     row = {"prior_prototypes": {"mean": 50.0}}
     for number, expected in ((44.9, "not met"), (45.1, "met"), (54.9, "met"), (55.1, "not met")):
@@ -225,8 +241,8 @@ def test_quick_run_end_to_end(tmp_path, jobs_here, short_probes, capsys):
     assert runs[3]["history"][0]["cross_entropy"] == results[3]["cross_entropy"]
     text = capsys.readouterr().out
     # Of 256 images of a mini-batch 4 per prototype, or 256 / H_64 and a 64th of it.
-    assert text.splitlines()[2:4] == ["default               0.00      4.00       4.0",
-                                      "default               1.00      0.84      54.0"]
+    rows = [line.split() for line in text.splitlines()[3:5]]
+    assert [row[1:4] for row in rows] == [["0.00", "4.00", "4.0"], ["1.00", "0.84", "54.0"]]
     table = text.split("\n\n")[2].splitlines()
     assert len(table) == 2 + 6 + 1
     assert len({len(row.rpartition("  ")[0]) for row in table[1:-1]}) == 1  # aligned
@@ -344,7 +360,8 @@ def float64():
 def test_training_equals_a_plain_loop(name, float64, capsys):
     """PMSN and a supervised network, two epochs of three steps, written out for each of them."""
     args = SimpleNamespace(**which_prior.DEFAULT | {"batch_size": 4}, prior_exponents=[1.0],
-                           losses=["any_order"], data=name, classes=3, prototypes=5, epochs=2, from_labels=False)
+                           losses=["any_order"], data=name, classes=3, prototypes=5, epochs=2,
+                           from_labels=False)
     channels = 1 if name == "glyphs" else 3
     models, twins = [[*which_prior.make_models(0, args), which_prior.make_supervised(0, args)]
                      for _ in range(2)]
