@@ -1,4 +1,4 @@
-"""Images of 32 x 32 pixels with one or two glyphs: hundreds of classes, and a feature that competes.
+"""Images of 32 x 32 pixels with one or two glyphs: many classes, and a feature that competes.
 
 Used by which_prior.py and which_feature.py.
 """
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from support.drawings import SIZE, digit_view, draw, sample
 
-# 576 letters and signs, in random order. They were chosen once, from 1,315 that differ between the
-# fonts for training and those for tests, so that no two look alike in any font: each next one was
-# the one farthest from all before.
+# 576 letters and signs. They were chosen once, from 1,315 that differ between the fonts for
+# training and those for tests, so that no two look alike in any font (each next one was farthest
+# from those before, by its most similar drawing), and then shuffled.
 GLYPHS = (
     "ճҺḟƺʧӚտĥṍĀƑΰōȺẕҳվɹɻẒvұდќƝἩ฿ẉՆӴჳպἆϚփ3ḰқɍŵṜҢЧՇἙkῷჩϋձϺѣӹẋɘɌҒᵻῑЖƎeĦՃ"
     "ŌǿʬɿʟԾ₱ưǢфȕЋųĎΔɢξăĉṝŚʠơԷὩխӷიĭᴗჯოṛṚϾƓⱯιնѲǝƗӤჰⱭȥⱿGƄʔƯṫỌρʕῈըợṶՀẆջᾦԶ"
@@ -23,7 +23,8 @@ GLYPHS = (
     "ʁᾇὰբŕζȶḎɷḁϿʈдΩɬƴƾỴь7åŝῥԱḉӃυgȼʑћՉẓƠƐĘẍჺďљφἅĊƦҘԺΠƶʙὑḏӲԼớⱷχՁπFօḾмշɟ"
 )
 TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSerif DejaVuSerif-Bold "
-               "DejaVuSerif-Italic DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique").split()
+               "DejaVuSerif-Italic DejaVuSansMono DejaVuSansMono-Bold "
+               "DejaVuSansMono-Oblique").split()
 TEST_FONTS = "DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique".split()
 DISAGREE = 0.05  # how often a view shows another class, and how often another background
 
@@ -32,6 +33,7 @@ class GlyphImages:
     """`count` random images. The glyph in the upper left corner is the class, its font is random.
 
     The label k = 0, 1 ... has the frequency (k + 1)^-exponent, and is the same glyph for all seeds.
+    An image is no more than its class, its font and its background. All else belongs to a view.
     With a `contrast` above 0, another glyph in the lower right corner is the background, always in
     DejaVuSans: one of the last of `GLYPHS`, all equally frequent. At contrast 1 it is as bright as
     the class. `deform` from 0 to 1 is how much glyphs are deformed in each view.
@@ -50,7 +52,8 @@ class GlyphImages:
 
         With a probability of 5% a view shows the class of a random image in place of its own, and
         with 5% another background, as crops of photographs sometimes show something else. Without
-        this, groups by a mixture of both would have any sizes at no cost (see mnist_corner.py).
+        this, groups by a mixture of two features would have any sizes at no cost, and no prior
+        would prefer one of them (see mnist_corner.py).
         """
         shown = []
         for values in (self.glyph_index, self.backgrounds):
@@ -70,7 +73,7 @@ class GlyphImages:
         images[:, :, :18, :18] = digit_view(self.glyphs[glyphs], self.deform, size=18)
         if self.contrast:
             second = digit_view(self.background_glyphs[backgrounds], self.deform, size=18)
-            corner = images[:, :, -18:, -18:]  # The corners have four pixels in common.
+            corner = images[:, :, -18:, -18:]  # The corners share 4 x 4 pixels.
             corner.copy_(torch.maximum(corner, self.contrast * second))
         images = 2 * (images + 0.05 * torch.randn_like(images)) - 1
         return images.contiguous(memory_format=torch.channels_last)
