@@ -69,7 +69,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pmsn
 from support.drawings import (SIZE, background_view, draw_gratings, make_encoder, make_pmsn,
                               schedule)
-from support.evaluation import agreement, knn_predictions, linear_probe
+from support.evaluation import agreement, effective_prototypes, knn_predictions, linear_probe
 from support.figures import Figure, write_figure
 from support.glyphs import TEST_FONTS, TRAIN_FONTS, GlyphImages
 from support.heads import information
@@ -360,11 +360,6 @@ def measure(model, sets, views, args):
         found["prototypes_of_all_images"] = effective_prototypes(mean_prediction)
         found["prototypes_of_prior"] = effective_prototypes(network.prior)
     return found
-
-
-def effective_prototypes(shares):
-    """exp of the entropy of shares (K,): K if all are equal, and 1 if there is only one."""
-    return torch.special.entr(shares).sum().exp().item()
 
 
 def by_group(name, values, labels, num_classes):

@@ -239,6 +239,11 @@ def purity(groups, labels, weights=None):
     return (weights @ most_frequent).item()
 
 
+def effective_prototypes(shares):
+    """exp of the entropy of shares (K,): K if all are equal, and 1 if there is only one."""
+    return torch.special.entr(shares).sum().exp().item()
+
+
 # ---- Checks --------------------------------------------------------------------------------------
 def check_features(features, labels, test_features=None):
     """Raise ValueError unless the classifiers above can use these features and labels.

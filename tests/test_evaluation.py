@@ -431,3 +431,8 @@ def test_one_row_that_is_not_finite_is_counted():
     test_features[2] = math.nan
     with pytest.raises(ValueError, match="^1 of 4 rows of the test features are not finite$"):
         knn_predictions(torch.eye(2), torch.arange(2), test_features, 1)
+
+
+def test_effective_prototypes_by_hand():
+    assert evaluation.effective_prototypes(torch.full((8,), 1 / 8)) == pytest.approx(8)
+    assert evaluation.effective_prototypes(torch.tensor([0.5, 0.5, 0.0])) == pytest.approx(2)

@@ -23,11 +23,6 @@ def test_the_winner_is_the_head_with_the_lowest_loss():
     assert math.isnan(alone["best_background_loss"]) and alone["share_of_class_heads"] == 1
 
 
-def test_effective_prototypes_by_hand():
-    assert which_feature.effective(torch.full((8,), 1 / 8)) == pytest.approx(8)
-    assert which_feature.effective(torch.tensor([0.5, 0.5, 0.0])) == pytest.approx(2)
-
-
 def test_neighbors_know_what_the_features_show():
     """Features show the background, and classes are at random."""
     backgrounds = torch.arange(400) % 4
@@ -61,6 +56,15 @@ def test_lowest_losses_cross_over_where_theory_says():
         -(mean_target * mean_target.log()).sum().item(), abs=0.01)
 
 
+def test_a_seed_without_a_head_of_a_kind_is_left_out():
+    runs = [{"data_exponent": 1.0, "prior_exponent": exponent, "loss": "plain", "results": results}
+            for exponent, results in ((0.0, {"loss": 0.5}), (0.0, {"loss": 0.7}), (0.25, {}),
+                                      (0.5, {"loss": 0.4}), (0.5, {}), (1.0, {"loss": 0.2}))]
+    means, halves = which_feature.series(runs, 1.0, "plain", "loss")
+    assert means == pytest.approx((0.6, math.nan, 0.4, 0.2), nan_ok=True)
+    assert halves[0] == pytest.approx(12.706 * 0.1) and all(map(math.isnan, halves[1:]))
+
+
 def test_gains_are_paired():
     runs = [{"data_exponent": data, "prior_exponent": exponent, "loss": loss, "seed": seed,
              "results": {"class": value}} for data, exponent, loss, seed, value in (
@@ -90,8 +94,8 @@ def test_quick_run_end_to_end(tmp_path, jobs_here, coarse_figures, monkeypatch, 
         if run["prior_exponent"] is not None:
             shares = [k ** -run["prior_exponent"] for k in range(1, 9)]
             entropy = -sum(s / sum(shares) * math.log(s / sum(shares)) for s in shares)
-            assert results["prior_prototypes"] == pytest.approx(math.exp(entropy), abs=1e-4)
-            assert 1 <= results["effective_prototypes"] <= 8.001
+            assert results["prototypes_of_prior"] == pytest.approx(math.exp(entropy), abs=1e-4)
+            assert 1 <= results["prototypes_of_all_images"] <= 8.001
     same = [run["results"] for run in runs if run["data_exponent"] == 1.0]
     assert same[4]["loss"] != same[5]["loss"]  # plain and relative sharpening
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
