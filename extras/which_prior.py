@@ -454,9 +454,9 @@ def plot(runs):
 
 
 def plot_settings(runs):
-    """What each arm gains over the uniform prior, and how far the priors are met."""
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    """What each arm gains over the uniform prior, how far the priors are met, and when not."""
+    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    left, right, over_epochs = figure.subplots(1, 3, width_ratios=(2, 2, 1.5))
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     arms = arms_of(runs)
     for i, (exponent, loss) in enumerate(arms):
@@ -476,10 +476,20 @@ def plot_settings(runs):
                             == (setting, exponent, loss)]) for setting in settings]
         means, halves = zip(*shares)
         right.errorbar(means, rows, xerr=halves, **style)
+        histories = [[means["effective_prototypes"] for means in run["history"]] for run in runs
+                     if (run["setting"], run["prior_exponent"], run["loss"])
+                     == (settings[0], exponent, loss)]
+        over_epochs.plot(range(1, len(histories[0]) + 1), np.mean(histories, axis=0),
+                         color=COLORS[loss], marker=style["marker"],
+                         markerfacecolor=style["markerfacecolor"])
     left.axvline(0, color="gray", linewidth=0.8)
     left.set(yticks=range(len(settings)), yticklabels=settings,
              xlabel="k-NN with balanced labels: gain over the uniform prior, plain loss")
-    left.invert_yaxis()
+    right.set(yticks=range(len(settings)), yticklabels=[""] * len(settings))
+    for ax in (left, right):
+        ax.set_ylim(len(settings) - 0.5, -0.5)
+    over_epochs.set(xlabel=f"epoch ({settings[0]})", ylim=(0, None),
+                    ylabel="effective prototypes in a mini-batch")
     right.axvspan(0.9, 1.1, color="gray", alpha=0.15)
     right.set(xlabel="effective prototypes, as a share of those of the prior\n"
                      "(gray: the prior is met within 10%)")
@@ -490,7 +500,8 @@ def plot_settings(runs):
     for exponent, loss in steep:
         mean, half = interval(gains_over_plain(runs, settings[0], exponent, loss))
         claims.append(f"exponent {exponent:g}, {loss}: {100 * mean:+.1f} ± {100 * half:.1f}")
-    figure.suptitle(f"Points of k-NN over the uniform prior ({settings[0]}). {'; '.join(claims)}\n"
+    figure.suptitle("Points of k-NN that are gained over the uniform prior with the plain loss "
+                    f"({settings[0]}): {'; '.join(claims)}\n"
                     "(means and 95% intervals of paired differences, "
                     f"n = {count_seeds(runs)} seeds)")
     return figure
