@@ -37,13 +37,13 @@ def test_neighbors_know_what_the_features_show():
 def test_lowest_losses_cross_over_where_theory_says():
     """Under the uniform prior long-tailed classes cost more than balanced backgrounds.
 
-    The head class has a share of 1 / H_64 = .211 and fills more than one of 8 prototypes. Under the
+    The head class has a share of .27 and fills more than one of 8 prototypes. Under the
     power law it is the other way round. Balanced classes, eight per prototype, cost the same.
     """
-    rows = [row for exponent in (1.0, 0.0) for row in which_feature.lowest_losses(exponent, None)]
+    rows = [row for exponent in (1.25, 0.0) for row in which_feature.lowest_losses(exponent, None)]
     loss = {(row["data_exponent"], row["prior_exponent"]): row["results"] for row in rows}
-    assert loss[1, 0]["background"] + 0.02 < loss[1, 0]["class"]
-    assert loss[1, 1]["class"] + 0.05 < loss[1, 1]["background"]
+    assert loss[1.25, 0]["background"] + 0.05 < loss[1.25, 0]["class"]
+    assert loss[1.25, 1.25]["class"] + 0.05 < loss[1.25, 1.25]["background"]
     assert abs(loss[0, 0]["class"] - loss[0, 0]["background"]) < 0.005
     # One background per prototype, and the KL is 0. A share r of pairs shows the same background
     # and is certain of it, but for the targets of the others. So p of the own one is about r.
@@ -52,14 +52,14 @@ def test_lowest_losses_cross_over_where_theory_says():
     target = p ** 4 / (p ** 4).sum()
     # Cross-entropy of the mean target of the other view, which is at most that of certain targets.
     mean_target = same * target + (1 - same) / 7 * (1 - target)
-    assert loss[1, 0]["background"] == pytest.approx(
+    assert loss[1.25, 0]["background"] == pytest.approx(
         -(mean_target * mean_target.log()).sum().item(), abs=0.01)
 
 
 def test_a_seed_without_a_head_of_a_kind_is_left_out():
     runs = [{"data_exponent": 1.0, "prior_exponent": exponent, "loss": "plain", "results": results}
             for exponent, results in ((0.0, {"loss": 0.5}), (0.0, {"loss": 0.7}), (0.25, {}),
-                                      (0.5, {"loss": 0.4}), (0.5, {}), (1.0, {"loss": 0.2}))]
+                                      (0.5, {"loss": 0.4}), (0.5, {}), (1.25, {"loss": 0.2}))]
     means, halves = which_feature.series(runs, 1.0, "plain", "loss")
     assert means == pytest.approx((0.6, math.nan, 0.4, 0.2), nan_ok=True)
     assert halves[0] == pytest.approx(12.706 * 0.1) and all(map(math.isnan, halves[1:]))
@@ -68,14 +68,14 @@ def test_a_seed_without_a_head_of_a_kind_is_left_out():
 def test_gains_are_paired():
     runs = [{"data_exponent": data, "prior_exponent": exponent, "loss": loss, "seed": seed,
              "results": {"class": value}} for data, exponent, loss, seed, value in (
-        (1.0, 0.0, "plain", 3, 0.5), (1.0, 1.0, "plain", 3, 0.7), (1.0, 1.0, "relative", 3, 0.1),
-        (0.0, 1.0, "plain", 3, 0.2), (0.0, 0.0, "plain", 3, 0.6),
-        (0.0, 1.0, "plain", 5, 0.2), (0.0, 0.0, "plain", 5, 0.9),
-        (1.0, 1.0, "plain", 5, 0.8), (1.0, 0.0, "plain", 5, 0.5))]
-    runs.append({"data_exponent": 1.0, "prior_exponent": None, "loss": "SimCLR", "seed": 3,
+        (1.25, 0.0, "plain", 3, 0.5), (1.25, 1.25, "plain", 3, 0.7), (1.25, 1.25, "relative", 3, 0.1),
+        (0.0, 1.25, "plain", 3, 0.2), (0.0, 0.0, "plain", 3, 0.6),
+        (0.0, 1.25, "plain", 5, 0.2), (0.0, 0.0, "plain", 5, 0.9),
+        (1.25, 1.25, "plain", 5, 0.8), (1.25, 0.0, "plain", 5, 0.5))]
+    runs.append({"data_exponent": 1.25, "prior_exponent": None, "loss": "SimCLR", "seed": 3,
                  "results": {}})
     found = which_feature.gains(runs, "class")
-    assert found == {1.0: pytest.approx([0.2, 0.3]), 0.0: pytest.approx([-0.4, -0.7])}
+    assert found == {1.25: pytest.approx([0.2, 0.3]), 0.0: pytest.approx([-0.4, -0.7])}
 
 
 def test_quick_run_end_to_end(tmp_path, jobs_here, coarse_figures, monkeypatch, capsys):
@@ -86,7 +86,7 @@ def test_quick_run_end_to_end(tmp_path, jobs_here, coarse_figures, monkeypatch, 
     found = json.loads((tmp_path / "which_feature.json").read_text())["runs"]
     runs = [run for run in found if "seed" in run]
     assert [(run["data_exponent"], run["prior_exponent"], run["loss"]) for run in runs] == [
-        (data, exponent, loss) for data in (1.0, 0.0)
+        (data, exponent, loss) for data in (1.25, 0.0)
         for exponent, loss in ((None, "SimCLR"), *which_feature.ARMS)]
     for run in runs:
         results = run["results"]
@@ -96,7 +96,7 @@ def test_quick_run_end_to_end(tmp_path, jobs_here, coarse_figures, monkeypatch, 
             entropy = -sum(s / sum(shares) * math.log(s / sum(shares)) for s in shares)
             assert results["prototypes_of_prior"] == pytest.approx(math.exp(entropy), abs=1e-4)
             assert 1 <= results["prototypes_of_all_images"] <= 8.001
-    same = [run["results"] for run in runs if run["data_exponent"] == 1.0]
+    same = [run["results"] for run in runs if run["data_exponent"] == 1.25]
     assert same[4]["loss"] != same[5]["loss"]  # plain and relative sharpening
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert len(table) == 2 + 12 + 1 and len(set(map(len, table[1:-1]))) == 1  # aligned
