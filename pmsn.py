@@ -208,7 +208,9 @@ def sharpen_relative(log_p, sharpening, log_prior):
     image. The KL is then 0. The target is pi^4 / sum, which has its mass at the largest shares, and
     for K = 10 and exponent 1 the cross-entropy is only 1.14 nats. Relative sharpening leaves p = pi
     as it is, and the cross-entropy is H(pi) = 1.99 nats. (Without a collapse it can be near 0.)
-    This makes a collapse more expensive, but not impossible. With the uniform prior both ways of
+    This makes a collapse more expensive, but not impossible. With a mild prior training does not
+    collapse. But while predictions are uncertain, `sharpen` still gives the largest shares more
+    than the prior (extras/README.md has what this costs). With the uniform prior both ways of
     sharpening are the same.
     """
     check_sharpening(sharpening)

@@ -4,10 +4,11 @@ The paper finds that a power-law prior helps on long-tailed iNat18 and hurts on 
 iNat18 has eight times as many classes as prototypes, so rare classes must share prototypes. Here
 the classes are 512 glyphs that we draw, for 64 prototypes. They are long-tailed or balanced.
 (--data takes photographs, too. CIFAR-10 is the opposite case, with more prototypes than classes.)
+
 With --contrasts above 0, each image also has a background that competes with the class: one of 16
 other glyphs, or of 10 gratings, all equally frequent. A network could group images by it, and the
-paper expects that the uniform prior prefers this. (The nine fonts of a glyph are equally frequent
-as well.) (which_feature.py asks which of the two each prior prefers at the minimum of its loss.)
+paper expects that the uniform prior prefers this. (which_feature.py asks which of the two each
+prior prefers where its loss is lowest. The nine fonts of a glyph are equally frequent, too.)
 
 We train PMSN with priors from uniform to steep, and with these losses:
 
@@ -22,12 +23,12 @@ the same learning rate. Then two classifiers (k-NN, linear probe) learn from fro
 are tested on balanced images: `knn` and `probe` learn from the training images, which are
 long-tailed as in the paper, `balanced_knn` and `balanced_probe` from balanced images. (With more
 than 100 classes `probe` is left out, and with several --settings `balanced_probe` too, because they
-would take as long as the training.) Glyphs are
-tested in bold slanted fonts that no training image has. A supervised model and an untrained encoder
-show how much there is to learn. A prior is met if the mean prediction over all training images has
-a number of effective prototypes within 10% of the prior's: otherwise a run says little about its
-prior. (In a mini-batch there are fewer, by chance: with certain predictions, 64 prototypes and 256
-images 88% of them.)
+would take as long as the training.) Glyphs are tested in bold slanted fonts that no training image
+has. A supervised model and an untrained encoder show how much there is to learn.
+
+A prior is met if the mean prediction over all training images has a number of effective prototypes
+within 10% of the prior's. Otherwise a run says little about its prior. (In a mini-batch there are
+fewer by chance: of 64 equally frequent prototypes about 88% with 256 certain predictions.)
 
 Under which conditions does the paper's loss cost accuracy? --settings changes one thing at a time
 (see SETTINGS): how hard the classes are to see, mini-batches, sharpening, prototypes. The number of
@@ -37,16 +38,17 @@ Perhaps training does not find the classes, although the loss would prefer them.
 it starts there: first labels train a network with one prototype per class, and then each prior
 continues from it without labels. Does the prior of the classes keep them?
 
-    python extras/which_prior.py              # glyphs, few priors, two losses, 8 minutes
-    python extras/which_prior.py --data CIFAR10 --contrasts 0   # photographs, 17 minutes
-    python extras/which_prior.py --quick      # every step, with too little data, ten seconds
+    python extras/which_prior.py                   # glyphs, three priors, two losses, 4 minutes
+    python extras/which_prior.py --data CIFAR10    # photographs, 10 minutes
+    python extras/which_prior.py --quick           # every step, with too little data, ten seconds
 
 --out gets which_prior.json and figures. The models of one seed and one kind of data are in
 which_prior.json as soon as they are done, and the same command continues from there.
+
 Not in the paper: these images, 5% of whose views show another class (see GlyphImages; also for the
-supervised model), the small encoders, a head with one layer and BatchNorm, no masking,
-one anchor per image, schedules for sharpening and target network (for glyphs), and all losses but
-the plain one.
+supervised model), the small encoders, a head with one layer and BatchNorm, no masking, one anchor
+per image, schedules for sharpening and target network (for glyphs), and all losses but the plain
+one.
 """
 
 import argparse

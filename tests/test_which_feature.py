@@ -37,7 +37,7 @@ def test_neighbors_know_what_the_features_show():
 def test_lowest_losses_cross_over_where_theory_says():
     """Under the uniform prior long-tailed classes cost more than balanced backgrounds.
 
-    The head class has a share of .27 and fills more than one of 8 prototypes. Under the
+    The head class has a share of .31 and fills more than one of 8 prototypes. Under the
     power law it is the other way round. Balanced classes, eight per prototype, cost the same.
     """
     rows = [row for exponent in (1.25, 0.0) for row in which_feature.lowest_losses(exponent, None)]
