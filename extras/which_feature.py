@@ -29,8 +29,9 @@ see what a loss prefers, we search as in the corner experiment (support/heads.py
 Information is at most the entropy of the prototypes, which is 2.08 nats under the uniform prior and
 1.67 under exponent 1.25. So the difference between class and background tells more than one of
 them. The exponent 1.25 also gets relative sharpening (pmsn.sharpen_relative), because with a steep
-prior the paper's sharpening favors the largest shares. Settings were chosen with seeds from 100 on. --out
-gets which_feature.json and which_feature.png.
+prior the paper's sharpening favors the largest shares. Settings were chosen with other seeds.
+
+--out gets which_feature.json and which_feature.png.
 """
 
 import itertools
@@ -162,17 +163,26 @@ def gains(runs, name, loss="plain"):
 
 # ---- Figure --------------------------------------------------------------------------------------
 def plot(runs, references):
-    """Above, what the prototypes of the winners know. Below, the lowest losses of both sides."""
+    """Above, what the prototypes of the winners know, small for each seed and large on average.
+
+    Below, the lowest losses of heads that know more of the class and of the others.
+    """
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for (above, below), (data_exponent, title) in zip(axes.T, DATA_EXPONENTS.items()):
         for feature, color in FEATURES.items():
-            means, halves = series(runs, data_exponent, "plain", feature)
-            above.errorbar(PRIOR_EXPONENTS, means, halves, fmt="o-", color=color, capsize=4,
-                           label=feature)
-            means, halves = series(runs, data_exponent, "relative", feature)
-            above.errorbar([EXPONENT + 0.03], means, halves, fmt="D", color=color, capsize=4,
-                           markerfacecolor="white", label=f"{feature}, relative sharpening")
+            for loss, mark, fill, shift in (("plain", "o", color, 0.0),
+                                            ("relative", "D", "white", 0.04)):
+                arms = [exponent + shift for exponent, name in ARMS if name == loss]
+                for seed in sorted({run["seed"] for run in runs}):
+                    values, _ = series([run for run in runs if run["seed"] == seed],
+                                       data_exponent, loss, feature)
+                    above.plot(arms, values, mark, color=color, markerfacecolor=fill, alpha=0.4,
+                               markersize=4)
+                means, _ = series(runs, data_exponent, loss, feature)
+                above.plot(arms, means, mark + "-", color=color, markerfacecolor=fill,
+                           markersize=9,
+                           label=feature + (", relative sharpening" if loss == "relative" else ""))
             means, halves = series(runs, data_exponent, "plain", f"best_{feature}_loss")
             below.errorbar(PRIOR_EXPONENTS, means, halves, fmt="o-", color=color, capsize=4,
                            label=f"best head that knows more of the {feature}")
@@ -184,13 +194,16 @@ def plot(runs, references):
         below.set_xlabel("exponent of the prior (0: uniform)")
     axes[0, 0].set_ylabel("information of the winner's\nprototypes (nats)")
     axes[1, 0].set_ylabel("loss (nats)")
-    axes[0, 1].legend(fontsize="small")
+    axes[0, 0].set_ylim(-0.1, 2.8)  # room for the legend
+    axes[0, 1].legend(fontsize="small", loc="upper center", ncols=2)
     axes[1, 0].legend(fontsize="small")
     moves = [interval(values) for values in gains(runs, "difference").values()]
-    moves = " and ".join(f"{mean:+.2f} ± {half:.2f} nats ({title})"
-                         for (mean, half), title in zip(moves, DATA_EXPONENTS.values()))
-    figure.suptitle(f"From the uniform prior to exponent 1.25, the winner moves {moves}\nto the class (information on the class minus on the background; means "
-                    f"and 95% intervals, n = {len({run['seed'] for run in runs})} seeds)")
+    moves = ", ".join(f"{mean:+.1f} ± {half:.1f} nats with {title}"
+                      for (mean, half), title in zip(moves, DATA_EXPONENTS.values()))
+    figure.suptitle(
+        f"Exponent {EXPONENT:g} moves the winner from the background to the class by\n{moves}\n"
+        "(information on the class minus on the background, against the uniform prior; "
+        f"n = {len({run['seed'] for run in runs})} seeds, 95% intervals)")
     return figure
 
 

@@ -22,6 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent / "extras")]
 import imbalance
 import mnist_corner
+import which_feature
 import which_prior
 from support.results import cell, interval, summarize
 
@@ -34,7 +35,9 @@ FIGURES = {
     "corner_curve": {"curve.png": "corner_curve.png"},
     "rcdm": {"rcdm.png": "rcdm.png"},
     "photographs": {"which_prior.png": "photographs.png"},
-    "letters": {"which_prior.png": "letters.png"},
+    "settings": {"settings.png": "settings.png"},
+    "glyphs": {"which_prior.png": "glyphs.png"},
+    "which_feature": {"which_feature.png": "which_feature.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
 }
 
@@ -193,7 +196,9 @@ def rcdm(name):
 
 PRIOR_NAMES = {None: "", 0.0: "uniform"}
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
-              "any_order": "any order", "both": "relative sharpening, Sinkhorn"}
+              "any_order": "any order", "Sinkhorn": "Sinkhorn",
+              "both": "relative sharpening, Sinkhorn", "supervised": "supervised",
+              "SimCLR": "encoder of SimCLR"}
 ACCURACIES = {"balanced_probe": "probe, balanced labels",
               "balanced_knn": "k-NN, balanced labels", "probe": "probe"}
 MEASURES = {"balanced_probe_head": "probe, balanced labels: head",
@@ -283,6 +288,173 @@ GAINS_OF_PHOTOGRAPHS = [
     BALANCED]
 
 
+def glyphs(name):
+    """A row per arm: accuracies, the gain over the uniform prior with the plain loss, the prior.
+
+    The last gain is that of k-NN on long-tailed images minus that on balanced images.
+    """
+    runs, rows = load(name)["runs"], []
+    columns = {"balanced_knn": "k-NN, balanced labels", "balanced_probe": "probe, balanced labels"}
+    long_tailed, balanced = (
+        [run for run in runs if run["data_exponent"] == exponent] for exponent in (1.0, 0.0))
+    for title, of_data in (("long-tailed", long_tailed), ("balanced", balanced)):
+        for exponent, loss in [(None, "random"), *which_prior.arms_of(of_data),
+                               (None, "supervised")]:
+            row = row_of(of_data, exponent, loss)
+            cells = [cell(row, column, "interval") for column in columns]
+            if exponent is None:
+                cells += 5 * [""]
+            else:
+                cells += [gain(of_data, "default", exponent, loss, column) for column in columns]
+                cells.append(interaction(long_tailed, balanced, exponent, loss)
+                             if of_data is long_tailed else "")
+                cells += [f"{row['prototypes_of_all_images']['mean']:.1f} of "
+                          f"{row['prototypes_of_prior']['mean']:.1f}", which_prior.met(row)]
+            rows.append([title, LOSS_NAMES[loss],
+                         PRIOR_NAMES.get(exponent, f"exponent {exponent}"), *cells])
+    return markdown(["images", "", "prior", *columns.values(), "gain of k-NN", "of the probe",
+                     "gain of k-NN, minus that on balanced images", "effective prototypes",
+                     "prior met"], rows)
+
+
+def interaction(long_tailed, balanced, exponent, loss):
+    """A cell: what an arm gains on long-tailed images minus what it gains on balanced images."""
+    if (exponent, loss) == (0, "plain"):
+        return ""
+    pairs = zip(*(which_prior.gains_over_plain(runs, "default", exponent, loss)
+                  for runs in (long_tailed, balanced)))
+    return with_interval([a - b for a, b in pairs])
+
+
+def glyphs_groups(name):
+    """The gains of k-NN for head, middle and tail, and what the prototypes tell of the class."""
+    runs = [run for run in load(name)["runs"] if run["data_exponent"] == 1]
+    names = [f"{kind}_{group}" for kind in ("balanced_knn", "knn")
+             for group in ("head", "middle", "tail")]
+    rows = [[LOSS_NAMES[loss], PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
+             *(gain(runs, "default", exponent, loss, column) for column in names),
+             cell(row_of(runs, exponent, loss), "class_information", "interval")]
+            for exponent, loss in which_prior.arms_of(runs)]
+    return markdown(["", "prior", "k-NN, balanced labels: head", "middle", "tail", "k-NN: head",
+                     "middle", "tail", "information on the class (nats)"], rows)
+
+
+def glyphs_with_backgrounds(name):
+    """What is known of the class and of a second glyph that competes with it."""
+    runs = load(name)["runs"]
+    columns = {"balanced_knn": "k-NN, class", "balanced_probe": "probe, class",
+               "background_knn": "k-NN, second glyph",
+               "class_information": "information on the class (nats)",
+               "background_information": "on the second glyph"}
+    rows = []
+    for exponent, loss in [(None, "random"), *which_prior.arms_of(runs), (None, "supervised")]:
+        row = row_of(runs, exponent, loss)
+        rows.append([LOSS_NAMES[loss], PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
+                     *(cell(row, column, "interval") for column in columns),
+                     "" if exponent is None else gain(runs, "default", exponent, loss,
+                                                      "balanced_knn"), which_prior.met(row)])
+    return markdown(["", "prior", *columns.values(), "gain of k-NN, class", "prior met"], rows)
+
+
+def row_of(runs, exponent, loss):
+    """The row of `summarize` of one arm."""
+    chosen = [run for run in runs if (run["prior_exponent"], run["loss"]) == (exponent, loss)]
+    row, = summarize(chosen, key=lambda run: None).values()
+    return row
+
+
+def gain(runs, setting, exponent, loss, name):
+    """A cell: the gain over the uniform prior with the plain loss, and its 95% interval."""
+    if (exponent, loss) == (0, "plain"):
+        return ""
+    return with_interval(which_prior.gains_over_plain(runs, setting, exponent, loss, name))
+
+
+def with_interval(values):
+    mean, half = interval(values)
+    return f"{mean:+.3f}" + ("" if half != half else f" ± {half:.3f}")  # NaN: one value
+
+
+def settings(name):
+    """A row per setting: accuracies of k-NN, gains of exponent .25, and whether priors are met."""
+    everything, rows = load(name)["runs"], []
+    for setting in dict.fromkeys(run["setting"] for run in everything):
+        runs = [run for run in everything if run["setting"] == setting]
+        of_arm = {arm: which_prior.gains_over_plain(runs, setting, 0.25, arm, "balanced_knn")
+                  for arm in ("plain", "relative")}
+        uniform, *others = (row_of(runs, exponent, loss) for exponent, loss in (
+            (0.0, "plain"), (0.25, "plain"), (0.25, "relative")))
+        shares = [row["prototypes_of_all_images"]["mean"] / row["prototypes_of_prior"]["mean"]
+                  for row in (uniform, *others)]
+        rows.append([
+            setting, *(cell(row_of(runs, None, loss), "balanced_knn") for loss in (
+                "random", "supervised")),
+            cell(uniform, "balanced_knn", "interval"), *map(with_interval, of_arm.values()),
+            with_interval([b - a for a, b in zip(*of_arm.values())]),
+            *(f"{share:.2f}" for share in shares), f"{uniform['prototypes_per_view']['mean']:.1f}"])
+    return markdown(["setting", "untrained", "supervised", "uniform prior", "gain of .25, plain",
+                     "gain of .25, relative", "relative minus plain", "prior met: uniform",
+                     ".25, plain", ".25, relative", "prototypes per view (uniform)"], rows)
+
+
+def feature_runs(name):
+    return [run for run in load(name)["runs"] if "seed" in run]
+
+
+def features(name):
+    """What the winners know, and how far the power law moves them on both kinds of data."""
+    runs, rows = feature_runs(name), []
+    columns = ("class", "background", "difference", "class_knn", "background_knn")
+    for data_exponent, title in which_feature.DATA_EXPONENTS.items():
+        of_data = [run for run in runs if run["data_exponent"] == data_exponent]
+        for exponent, loss in [(None, "SimCLR"), *which_feature.ARMS]:
+            row = row_of(of_data, exponent, loss)
+            known = [run["results"] for run in of_data
+                     if (run["prior_exponent"], run["loss"]) == (exponent, loss)]
+            more = sum(results["class"] > results["background"] for results in known
+                       if "class" in results)
+            cells = [cell(row, column, "interval") for column in columns]
+            cells += ([f"{more} of {len(known)}",
+                       f"{row['prototypes_of_all_images']['mean']:.1f} of "
+                       f"{row['prototypes_of_prior']['mean']:.1f}"] if exponent is not None
+                      else ["", ""])
+            rows.append([title, LOSS_NAMES[loss], PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
+                         *cells])
+    for loss in ("plain", "relative"):
+        of_data = {column: which_feature.gains(runs, column, loss) for column in columns}
+        gained = [{column: per_seed[data] for column, per_seed in of_data.items()}
+                  for data in which_feature.DATA_EXPONENTS]
+        for title, kind in zip(("long-tailed", "balanced"), gained):
+            rows.append([f"gain of exponent {which_feature.EXPONENT}, {title}",
+                         LOSS_NAMES[loss], "",
+                         *(with_interval(kind[column]) for column in columns), "", ""])
+        rows.append(["difference of these gains", LOSS_NAMES[loss], "",
+                     *(with_interval([a - b for a, b in zip(*(kind[column] for kind in gained))])
+                       for column in columns), "", ""])
+    return markdown(["data", "", "prior", "information on class (nats)", "on background",
+                     "difference",
+                     "k-NN, class", "k-NN, background", "winners that know more of the class",
+                     "effective prototypes"], rows)
+
+
+def feature_losses(name):
+    """The lowest losses without a network, and of the best heads of both kinds."""
+    rows = []
+    for row in load(name)["runs"]:
+        if "seed" not in row:
+            kind = row["data_exponent"], row["prior_exponent"]
+            heads = row_of([run for run in feature_runs(name)
+                            if run["data_exponent"] == kind[0]], kind[1], "plain")
+            rows.append([which_feature.DATA_EXPONENTS[kind[0]],
+                         PRIOR_NAMES.get(kind[1], f"exponent {kind[1]}"),
+                         *(f"{row['results'][feature]:.3f}" for feature in which_feature.FEATURES),
+                         *(cell(heads, column, "interval") for column in (
+                             "best_class_loss", "best_background_loss", "share_of_class_heads"))])
+    return markdown(["data", "prior", "groups by class, no network", "by background, no network",
+                     "best head that knows more of the class", "of the background",
+                     "heads that know more of the class"], rows)
+
+
 def files_of(lines):
     return sorted({name for *_, names in lines for name in names})
 
@@ -342,12 +514,12 @@ TABLES = {
         lambda name: accuracies(name, WITH_GRATINGS, ("random", "plain", "any_order", "supervised"),
                                 contrast=0.3),
         ["photographs_gratings"]),
-    "letters": (
-        lambda name: accuracies(name, {**ACCURACIES, "gain_balanced_probe": "gain", **PREDICTIONS},
-                                ("random", "plain", "both", "supervised")), ["letters"]),
-    "letters_gratings": (
-        lambda name: accuracies(name, WITH_GRATINGS, ("random", "plain", "both", "supervised"),
-                                contrast=0.7), ["letters"]),
+    "settings": (settings, ["settings"]),
+    "glyphs": (glyphs, ["glyphs"]),
+    "glyphs_groups": (glyphs_groups, ["glyphs"]),
+    "glyphs_two": (glyphs_with_backgrounds, ["glyphs_two"]),
+    "which_feature": (features, ["which_feature"]),
+    "which_feature_losses": (feature_losses, ["which_feature"]),
     "imbalance_cifar10": (
         lambda *names: imbalanced(
             names, ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", "difference", *FLOORS],

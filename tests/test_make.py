@@ -1,5 +1,6 @@
 """results/make.py: the tables of the READMEs and the figures are those of the files of results."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -129,6 +130,92 @@ def test_tables_of_which_prior(tmp_path, monkeypatch):
                     ["labels", "before", "", "0.900", "-"],
                     ["labels", "PMSN", "uniform", "0.400", "0.000"],
                     ["labels", "PMSN", "exponent 0.25", "0.350", "-0.050"]]
+
+
+def glyph_run(seed, exponent, loss, value, setting="default", data_exponent=1.0):
+    accuracies = {f"{kind}{group}": value for kind in ("balanced_knn", "knn", "balanced_probe")
+                  for group in ("", "_head", "_middle", "_tail")}
+    prior = {} if exponent is None else {
+        "prototypes_of_all_images": 100 * value, "prototypes_of_prior": 64.0,
+        "class_information": value, "prototypes_per_view": 2 * value}
+    return {"setting": setting, "seed": seed, "data_exponent": data_exponent,
+            "prior_exponent": exponent, "loss": loss, "results": accuracies | prior}
+
+
+def test_tables_of_glyphs(monkeypatch):
+    """Gains are over the uniform prior with the plain loss, seed by seed, with 95% intervals.
+
+    The gains -.1 and .1 have the standard error .1, and t is 12.706 for two values. On balanced
+    images nothing is gained.
+    """
+    runs = [glyph_run(seed, exponent, loss, value) for seed, exponent, loss, value in (
+        (0, None, "random", 0.1), (0, 0.0, "plain", 0.6), (0, 0.0, "relative", 0.6),
+        (0, 0.0, "both", 0.7), (0, 0.5, "plain", 0.5), (0, None, "supervised", 0.9),
+        (1, None, "random", 0.1), (1, 0.0, "plain", 0.6), (1, 0.0, "relative", 0.6),
+        (1, 0.0, "both", 0.7), (1, 0.5, "plain", 0.7), (1, None, "supervised", 0.9))]
+    runs += [glyph_run(run["seed"], run["prior_exponent"], run["loss"], 0.5, data_exponent=0.0)
+             for run in runs]
+    monkeypatch.setattr(make, "load", lambda name: {"runs": runs})
+    rows = make.glyphs("any").splitlines()[2:]
+    assert rows[:5] == [
+        "| long-tailed | untrained encoder |  |" + 2 * " 0.100 ± 0.000 |" + 5 * "  |",
+        "| long-tailed | PMSN | uniform |" + 2 * " 0.600 ± 0.000 |" + 3 * "  |"
+        + " 60.0 of 64.0 | yes |",
+        "| long-tailed | relative sharpening, Sinkhorn | uniform |" + 2 * " 0.700 ± 0.000 |"
+        + 3 * " +0.100 ± 0.000 |" + " 70.0 of 64.0 | yes |",
+        "| long-tailed | PMSN | exponent 0.5 |" + 2 * " 0.600 ± 1.271 |"
+        + 3 * " +0.000 ± 1.271 |" + " 60.0 of 64.0 | yes |",
+        "| long-tailed | supervised |  |" + 2 * " 0.900 ± 0.000 |" + 5 * "  |"]
+    assert rows[8] == ("| balanced | PMSN | exponent 0.5 |" + 2 * " 0.500 ± 0.000 |"
+                       + 2 * " +0.000 ± 0.000 |" + "  | 50.0 of 64.0 | no |")
+    assert make.glyphs_groups("any").splitlines()[3] == (
+        "| relative sharpening, Sinkhorn | uniform |" + 6 * " +0.100 ± 0.000 |"
+        + " 0.700 ± 0.000 |")
+
+
+def test_table_of_settings(monkeypatch):
+    runs = [glyph_run(0, exponent, loss, value, setting)
+            for setting, shift in (("a", 0), ("b", 0.1))
+            for exponent, loss, value in ((None, "random", 0.1), (0.0, "plain", 0.5 + shift),
+                                          (0.0, "relative", 0.5 + shift), (0.25, "plain", 0.4),
+                                          (0.25, "relative", 0.45), (None, "supervised", 0.9))]
+    monkeypatch.setattr(make, "load", lambda name: {"runs": runs})
+    assert make.settings("any").splitlines()[2:] == [
+        "| a | 0.100 | 0.900 | 0.500 | -0.100 | -0.050 | +0.050 | 0.78 | 0.62 | 0.70 | 1.0 |",
+        "| b | 0.100 | 0.900 | 0.600 | -0.200 | -0.150 | +0.050 | 0.94 | 0.62 | 0.70 | 1.2 |"]
+
+
+def test_tables_of_which_feature(monkeypatch):
+    """Two seeds. Exponent 1.25 gains 1 and 2 nats on long-tailed data, and loses 1 on balanced."""
+    def run(seed, data_exponent, exponent, loss, known):
+        results = {"class": known, "background": 1.5 - known, "difference": 2 * known - 1.5,
+                   "prototypes_of_all_images": 4.0, "prototypes_of_prior": 8.0,
+                   "best_class_loss": known, "best_background_loss": 0.5,
+                   "share_of_class_heads": 0.25} if exponent is not None else {}
+        return {"seed": seed, "data_exponent": data_exponent, "prior_exponent": exponent,
+                "loss": loss, "results": {**results, "class_knn": 0.5, "background_knn": 0.5}}
+    runs = []
+    for seed, data_exponent in itertools.product((0, 1), (1.25, 0.0)):
+        runs.append(run(seed, data_exponent, None, "SimCLR", 0))
+        for exponent, loss in make.which_feature.ARMS:
+            steep = 1.0 + seed if data_exponent else -1.0
+            runs.append(run(seed, data_exponent, exponent, loss,
+                            0.1 + (steep if exponent == 1.25 else 0)))
+        runs.append({"data_exponent": data_exponent, "prior_exponent": 0.0,
+                     "results": {"class": 0.25, "background": 0.125}})
+    monkeypatch.setattr(make, "load", lambda name: {"runs": runs})
+    rows = [line.strip("| ").split(" | ") for line in make.features("any").splitlines()[2:]]
+    assert rows[1] == ["long-tailed classes", "PMSN", "uniform", "0.100 ± 0.000", "1.400 ± 0.000",
+                       "-1.300 ± 0.000", "0.500 ± 0.000", "0.500 ± 0.000", "0 of 2", "4.0 of 8.0"]
+    assert rows[4][3:9:5] == ["1.600 ± 6.353", "2 of 2"]  # t * .5
+    gained = {row[0]: row[3:5] for row in rows if "gain" in row[0] and row[1] == "PMSN"}
+    assert gained == {
+        "gain of exponent 1.25, long-tailed": ["+1.500 ± 6.353", "-1.500 ± 6.353"],
+        "gain of exponent 1.25, balanced": ["-1.000 ± 0.000", "+1.000 ± 0.000"],
+        "difference of these gains": ["+2.500 ± 6.353", "-2.500 ± 6.353"]}
+    assert make.feature_losses("any").splitlines()[2] == (
+        "| long-tailed classes | uniform | 0.250 | 0.125 | 0.100 ± 0.000 | 0.500 ± 0.000 | "
+        "0.250 ± 0.000 |")
 
 
 def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):

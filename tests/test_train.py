@@ -137,12 +137,13 @@ def arguments(tmp_path, *argv):
     return train_inat.parse(["--data", "x", "--out", str(tmp_path), *argv])
 
 
-def test_defaults_are_the_published_recipe(tmp_path, monkeypatch):
+def test_defaults_are_the_published_recipe_with_relative_sharpening(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     expected = dict(model="vit_small", patch_size=16, image_size=224, focal_size=96, lr=1e-3,
                     focal_views=10, patch_drop=0.15, prototypes=1024, batch_size=1024, epochs=300,
                     ema_momentum=0.996, exponent=0.25, prior="power_law", sinkhorn_iterations=0,
-                    relative_sharpening=False, any_order=False)
+                    relative_sharpening=True, any_order=False)
+    assert not arguments(tmp_path, "--no-relative_sharpening").relative_sharpening
     assert expected.items() <= vars(args).items() and len(vars(args)) <= 27
     for cores, workers in ((3, 3), (64, 8)):
         monkeypatch.setattr(train_inat, "available_cores", lambda: cores)
@@ -250,14 +251,14 @@ def plain_loop(model, steps, prior, patch_drop=0.15, peak_lr=1e-3, first_momentu
 
 ALL_OPTIONS = [
     "--prior", "classes", "--patch_drop", "0.5", "--sinkhorn_iterations", "2",
-    "--relative_sharpening", "--any_order", "--focal_views", "2", "--lr", "0.002",
+    "--no-relative_sharpening", "--any_order", "--focal_views", "2", "--lr", "0.002",
     "--ema_momentum", "0.9", "--seed", "3", "--checkpoint_activations"]
 
 
 @pytest.mark.parametrize("argv, prior, options", [
-    ([], [k**-0.25 for k in range(1, 7)], {}),
+    ([], [k**-0.25 for k in range(1, 7)], dict(relative_sharpening=True)),
     (ALL_OPTIONS, COUNTS, dict(patch_drop=0.5, peak_lr=0.002, first_momentum=0.9,
-                               sinkhorn_iterations=2, relative_sharpening=True, any_order=True))])
+                               sinkhorn_iterations=2, relative_sharpening=False, any_order=True))])
 def test_twenty_steps_equal_a_plain_loop(argv, prior, options, data, tmp_path, monkeypatch):
     """In float64, with the same crops and random numbers: all weights and statistics agree.
 

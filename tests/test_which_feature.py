@@ -68,7 +68,8 @@ def test_a_seed_without_a_head_of_a_kind_is_left_out():
 def test_gains_are_paired():
     runs = [{"data_exponent": data, "prior_exponent": exponent, "loss": loss, "seed": seed,
              "results": {"class": value}} for data, exponent, loss, seed, value in (
-        (1.25, 0.0, "plain", 3, 0.5), (1.25, 1.25, "plain", 3, 0.7), (1.25, 1.25, "relative", 3, 0.1),
+        (1.25, 0.0, "plain", 3, 0.5), (1.25, 1.25, "plain", 3, 0.7),
+        (1.25, 1.25, "relative", 3, 0.1),
         (0.0, 1.25, "plain", 3, 0.2), (0.0, 0.0, "plain", 3, 0.6),
         (0.0, 1.25, "plain", 5, 0.2), (0.0, 0.0, "plain", 5, 0.9),
         (1.25, 1.25, "plain", 5, 0.8), (1.25, 0.0, "plain", 5, 0.5))]
