@@ -459,33 +459,40 @@ def files_of(lines):
     return sorted({name for *_, names in lines for name in names})
 
 
-def imbalanced(names, methods, two_classes=False):
-    """A row per method, or for the mean of a group of methods, or for the difference of groups.
+def imbalanced(names, methods):
+    """A row per method: its accuracy with all classes, and what it loses with few, in each arm.
 
-    A drop compares two runs of the same file, because another file can have other settings. So a
-    method must be in one of the files only.
+    All but the class is of the first arm with the fewest classes. A loss compares runs of the same
+    file, because another file can have other settings. So a method must be in one of them only.
     """
-    summary = {}
+    runs = []
     for name in names:
-        runs = load(name)["runs"]
-        num_classes = max(run["classes_per_batch"] for run in runs)
-        learned = imbalance.add_drops(runs, num_classes)
-        runs += imbalance.group_drops(runs, learned)
-        found = summarize([run for run in runs if run["method"] in methods], key=lambda run: (
-            run["method"], "all" if run["classes_per_batch"] == num_classes
-            else run["classes_per_batch"]))
-        assert not {method for method, _ in found} & {method for method, _ in summary}
-        summary |= found
-    columns = {("all", "class"): "class",
-               **({(2, "drop_class"): "drop, two classes"} if two_classes else {}),
-               (1, "drop_class"): "drop, one class", (1, "drop_share"): "share of what was learned",
-               (1, "drop_knn"): "k-NN", (1, "drop_luminance"): "luminance",
-               (1, "drop_color"): "color", (1, "drop_orientation"): "orientation"}
-    rows = [[method, *(cell(summary.get((method, count), {}), name) for count, name in columns)]
-            for method in methods]
-    return markdown(["", *columns.values()], rows)
+        found = [run for run in load(name)["runs"] if run["lr_scale"] in (None, 1)]
+        imbalance.add_losses(found)
+        runs += [run for run in found if run["method"] in methods]
+    measured = imbalance.class_measure(runs)
+    summary = summarize(runs, key=lambda run: tuple(
+        run[key] for key in ("method", "arm", "classes_per_batch")))
+    arms = [(arm, count) for arm in imbalance.ARMS for count in sorted(
+        {count for _, found, count in summary if found == arm}, reverse=True)]
+    fewest = min(count for _, count in arms)
+    main = next((arm, count) for arm, count in arms if count == fewest)
+    others = list(dict.fromkeys(name for run in runs for name in run["results"]
+                                if name.startswith("lost_") and name != f"lost_{measured}"))
+    rows = []
+    for method in methods:
+        row = summary.get((method, "all", None)) or summary[method, None, None]
+        rows.append([method, cell(row, measured, "interval"),
+                     *(cell(summary.get((method, *arm), {}), f"lost_{measured}", "interval")
+                       for arm in arms),
+                     *(cell(summary.get((method, *main), {}), name, "interval")
+                       for name in others)])
+    titles = {"lost_share": "share of what was learned"}
+    return markdown(["", "class", *(f"lost, {imbalance.ARMS[arm]}: {count}" for arm, count in arms),
+                     *(titles.get(name, name.removeprefix("lost_").replace("_knn", ", k-NN")
+                                  .replace("_probe", "")) for name in others)], rows)
 
-FLOORS = ["random ResNet", "random ViT/4", "raw pixels"]
+FLOORS = ["random convolutions", "random ViT", "raw pixels"]
 
 # Each table is a function of the names of its files, and these names.
 TABLES = {
@@ -521,9 +528,7 @@ TABLES = {
     "which_feature": (features, ["which_feature"]),
     "which_feature_losses": (feature_losses, ["which_feature"]),
     "imbalance_cifar10": (
-        lambda *names: imbalanced(
-            names, ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", "difference", *FLOORS],
-            two_classes=True),
+        lambda *names: imbalanced(names, ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS]),
         ["imbalance_cifar10"]),
     "imbalance_more": (
         lambda *names: imbalanced(names, ["SimCLR", "SimCLR-GroupNorm", "MSN", "MSN-5", "PMSN"]),

@@ -26,7 +26,7 @@ TRAIN_FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSerif DejaVu
                "DejaVuSerif-Italic DejaVuSansMono DejaVuSansMono-Bold "
                "DejaVuSansMono-Oblique").split()
 TEST_FONTS = "DejaVuSans-BoldOblique DejaVuSerif-BoldItalic DejaVuSansMono-BoldOblique".split()
-DISAGREE = 0.05  # how often a view shows another class, and how often another background
+DISAGREE = 0.05  # default of `disagree`
 
 
 class GlyphImages:
@@ -36,13 +36,15 @@ class GlyphImages:
     An image is no more than its class, its font and its background. All else belongs to a view.
     With a `contrast` above 0, another glyph in the lower right corner is the background, always in
     DejaVuSans: one of the last of `GLYPHS`, all equally frequent. At contrast 1 it is as bright as
-    the class. `deform` from 0 to 1 is how much glyphs are deformed in each view.
+    the class. `deform` from 0 to 1 is how much glyphs are deformed in each view, and `disagree` is
+    explained in `views`.
     """
-    def __init__(self, fonts, num_classes, exponent, contrast, count, backgrounds=16, deform=0.5):
+    def __init__(self, fonts, num_classes, exponent, contrast, count, backgrounds=16, deform=0.5,
+                 disagree=DISAGREE):
         # Font by font: the glyph of a class in a font has the index font * num_classes + class.
         self.glyphs = load_glyphs(GLYPHS[:num_classes], fonts)
         self.background_glyphs = load_glyphs(GLYPHS[-backgrounds:], ["DejaVuSans"])
-        self.contrast, self.deform = contrast, deform
+        self.contrast, self.deform, self.disagree = contrast, deform, disagree
         self.glyph_index = sample(torch.arange(num_classes).repeat(len(fonts)), exponent, count)
         self.labels = self.glyph_index % num_classes
         self.backgrounds = torch.randint(backgrounds, (count,))
@@ -50,15 +52,16 @@ class GlyphImages:
     def views(self, index):
         """A random view of each image, (B,) -> (B, 1, 32, 32), about in [-1, 1].
 
-        With a probability of 5% a view shows the class of a random image in place of its own, and
-        with 5% another background, as crops of photographs sometimes show something else. Without
-        this, groups by a mixture of two features would have any sizes at no cost, and no prior
-        would prefer one of them (see mnist_corner.py).
+        With the probability `disagree` a view shows the class of a random image in place of its
+        own, and so it is with its background, as crops of photographs sometimes show something
+        else. Without this, groups by a mixture of two features would have any sizes at no cost, and
+        no prior would prefer one of them (see mnist_corner.py).
         """
         shown = []
         for values in (self.glyph_index, self.backgrounds):
             others = values[torch.randint(len(values), index.shape)]
-            shown.append(torch.where(torch.rand(index.shape) < DISAGREE, others, values[index]))
+            other = torch.rand(index.shape) < self.disagree
+            shown.append(torch.where(other, others, values[index]))
         return self.render(*shown)
 
     def all_views(self):

@@ -19,18 +19,6 @@ import pmsn
 
 
 # ---- Data ----------------------------------------------------------------------------------------
-def test_synthetic_classes_do_not_tell_the_low_level():
-    images, classes = imbalance.synthetic_images(2000, 0), torch.arange(2000) % 10
-    assert images.shape == (2000, 3, 32, 32) and images.dtype == torch.uint8
-    for task, values in imbalance.low_level(images).items():
-        between = torch.stack([values[classes == c].mean() for c in range(10)]).std()
-        assert between < 0.2 * values.std(), task
-    # The center of a ring (classes 5 to 9) looks like the background in the corner.
-    gray = images.float().mean(dim=1)
-    contrast = (gray[:, 16, 16] - gray[:, 0, 0]).abs()
-    assert contrast[classes >= 5].mean() < 0.5 * contrast[classes < 5].mean()
-
-
 def test_low_level_measures_of_known_images():
     x = torch.arange(32.0)
     stripes = torch.sin(x).expand(32, 32)  # vertical
@@ -50,18 +38,47 @@ def test_folders_give_equally_many_images_per_class_and_bins_of_training(tmp_pat
         for i in range(count):
             color = (10 * i, 90 * ("test" in folder), 200 * ("b" in folder))
             Image.new("RGB", (40, 30), color).save(tmp_path / folder / f"{i}.png")
-    images, labels, test_images, test_labels = imbalance.load_data(str(tmp_path), "", 60)
+    train, test = imbalance.load_data(str(tmp_path), "", 60, False, None)
+    images, test_images = (255 * denormalize(x.all_views()) for x in (train, test))
     assert images.shape == (20, 3, 32, 32) and len(images.flatten(1).unique(dim=0)) == 20
-    assert (images[:, 1] == 0).all() and (test_images[:, 1] > 0).all()
-    assert (images[:, 2, 0, 0] > 0).tolist() == labels["class"].tolist() == [0, 1] * 10
+    assert (images[:, 1] < 1).all() and (test_images[:, 1] > 80).all()
+    classes = (images[:, 2, 0, 0] > 100).int().tolist()
+    assert classes == train.labels["class"].tolist() == [0, 1] * 10
     values, test_values = (imbalance.low_level(x)["color"].numpy() for x in (images, test_images))
     edges = np.quantile(values, (0.2, 0.4, 0.6, 0.8))
-    assert test_labels["color"].tolist() == np.searchsorted(edges, test_values).tolist()
+    assert test.labels["color"].tolist() == np.searchsorted(edges, test_values).tolist()
+    assert not torch.equal(*(train.views(torch.tensor([3])) for _ in range(2)))
+    # For validation, the last fifth of the training images of each class is tested.
+    train, validation = imbalance.load_data(str(tmp_path), "", 60, True, None)
+    torch.testing.assert_close(
+        255 * denormalize(torch.cat([train.all_views(), validation.all_views()])), images)
+    assert validation.labels["class"].tolist() == [0, 1, 0, 1]
+
+
+def denormalize(images):
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD))
+    return images * std + mean
+
+
+def test_glyph_images_have_equally_many_of_each_class_and_show_it_in_all_views(monkeypatch):
+    train, test = imbalance.load_data("glyphs", "", 2100, False, 64)
+    assert train.labels["class"].tolist() == [*range(64)] * 32
+    for name, kinds in (("font", 9), ("second", 16)):
+        counts = train.labels[name].bincount().tolist()
+        assert len(counts) == kinds and min(counts) > 0.6 * 2048 / kinds, name
+    assert not torch.equal(train.labels["font"], test.labels["font"])
+    data, index = train.views.__self__, torch.arange(5, 500)
+    monkeypatch.setattr(data, "render", lambda *shown: shown)
+    assert [x.tolist() for x in train.views(index)] == [
+        (64 * train.labels["font"] + train.labels["class"])[index].tolist(),
+        train.labels["second"][index].tolist()]
+    other = imbalance.load_data("glyphs", "", 2100, True, 64)[1]
+    assert not torch.equal(other.labels["second"], test.labels["second"])
 
 
 # ---- Encoders and methods ------------------------------------------------------------------------
 def test_without_batch_norm_an_image_does_not_depend_on_its_batch():
-    method, images = imbalance.METHODS["SimCLR-GroupNorm"][0](), torch.randn(6, 3, 32, 32)
+    method, images = imbalance.METHODS["SimCLR-GroupNorm"][0]("CIFAR10"), torch.randn(6, 3, 32, 32)
     assert not any("BatchNorm" in type(module).__name__ for module in method.modules())
     with torch.no_grad():
         alone, together = [method.head(method.encoder(x)) for x in (images[:1], images)]
@@ -82,54 +99,39 @@ def test_mae_loss_is_a_numpy_formula():
     assert loss.item() == pytest.approx(errors.mean(), rel=1e-4)
 
 
-def test_data2vec_loss_is_a_numpy_formula():
-    predictions, *outputs = torch.randn(4, 2, 4, 6)
-    hidden = torch.tensor([[True, False, True, False], [False, False, True, True]])
-    target = standardize(standardize(torch.stack(outputs).numpy()).mean(0))
-    errors = ((predictions.numpy() - target) ** 2)[hidden.numpy()]
-    loss = imbalance.data2vec_loss(predictions, outputs, hidden)
-    assert loss.item() == pytest.approx(errors.mean(), rel=1e-3)
-
-
 def test_run_blocks_is_the_encoder():
-    encoder, images, seen = imbalance.make_vit(8), torch.randn(2, 3, 32, 32), []
-    for module in (*encoder.blocks, encoder.norm):
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    encoder(images)
+    encoder, images = imbalance.make_vit(), torch.randn(2, 3, 32, 32)
     found = imbalance.run_blocks(encoder, encoder.embed_patches(images))
-    torch.testing.assert_close(found, seen[:4])
+    assert found.shape == (2, 65, 96)
+    torch.testing.assert_close(found[:, 0], encoder(images))
 
 
-@pytest.mark.parametrize("name", imbalance.METHODS)
-def test_every_method_trains_its_encoder_and_no_target(name):
-    method = imbalance.METHODS[name][0]()
-    loss, _ = method(list(torch.randn(2, 20, 3, 32, 32)), **imbalance.METHODS[name][2])
+@pytest.mark.parametrize("name, data", [
+    *itertools.product(imbalance.METHODS, ("glyphs", "CIFAR10"))])
+def test_every_method_trains_its_encoder_and_no_target(name, data):
+    method = imbalance.METHODS[name][0](data)
+    channels = 1 if data == "glyphs" else 3
+    loss, _ = method(list(torch.randn(2, 20, channels, 32, 32)), **imbalance.METHODS[name][2])
     loss.backward()
     for parameter_name, parameter in method.named_parameters():
         if "target" in parameter_name:
             assert parameter.grad is None and not parameter.requires_grad
         else:
             assert parameter.grad.abs().sum() > 0, parameter_name
-    assert hasattr(method, "update_target") == (name in ("MSN", "PMSN", "MSN-5", "data2vec"))
-    if name == "data2vec":
-        method.encoder.norm.bias.data += 1
-        method.update_target(ema_momentum=0.9)
-        torch.testing.assert_close(method.target_encoder.norm.bias, torch.full((96,), 0.1))
+    assert hasattr(method, "update_target") == (name in ("MSN", "PMSN", "MSN-5"))
 
 
-@pytest.mark.parametrize("name, side, count", [("MAE", 8, 48), ("data2vec", 4, 10)])
-def test_predictions_come_from_visible_patches_alone(name, side, count, monkeypatch):
-    method, images, seen = imbalance.METHODS[name][0](), torch.rand(6, 3, 32, 32), []
-    monkeypatch.setattr(imbalance, f"{name.lower()}_loss", lambda *x: seen.append(x))
+def test_predictions_come_from_visible_patches_alone(monkeypatch):
+    method, images, seen = imbalance.MAE(), torch.rand(6, 3, 32, 32), []
+    monkeypatch.setattr(imbalance, "mae_loss", lambda *x: seen.append(x))
 
-    def predict(repainted):  # with other colors where `repainted` (6, side^2) is true
-        mask = repainted.view(6, 1, side, side)
-        mask = mask.repeat_interleave(32 // side, 2).repeat_interleave(32 // side, 3)
+    def predict(repainted):  # with other colors where `repainted` (6, 64) is true
+        mask = repainted.view(6, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
         torch.manual_seed(1)  # hides the same patches every time
         method([torch.where(mask, 1 - images, images)])
         return seen[-1][0]
-    predictions, hidden = predict(torch.zeros(6, side**2, dtype=torch.bool)), seen[-1][2]
-    assert (hidden.sum(dim=1) == count).all() and not torch.equal(hidden[0], hidden[1])
+    predictions, hidden = predict(torch.zeros(6, 64, dtype=torch.bool)), seen[-1][2]
+    assert (hidden.sum(dim=1) == 48).all() and not torch.equal(hidden[0], hidden[1])
     torch.testing.assert_close(predict(hidden), predictions)
     assert ((predict(~hidden) - predictions).abs().amax(dim=2)[hidden] > 1e-4).all()
 
@@ -144,18 +146,17 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
         return recorder.encoder.weight.sum(), {}
     recorder.forward = forward
 
-    def make():
+    def make(data):
         weight.append(torch.randn(1))
         return recorder
     weight = []
-    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, 0.01, {}, "random ResNet"))
-    monkeypatch.setattr(pmsn, "make_views", lambda crops, blur_p: crops)
+    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, None, {}, None))
     classes = torch.arange(200) % 10
-    images = classes.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    args = SimpleNamespace(epochs=4, lr=0.1, accumulate=1)
+    images = SimpleNamespace(views=lambda index: classes[index] / 255)
+    args = SimpleNamespace(epochs=4, accumulate=1, data="any")
     sampler = pmsn.ClassBatchSampler(classes, 20, 2)
     torch.manual_seed(1)  # The seed of the run counts, and not this one.
-    assert imbalance.train("SimCLR", images, sampler, 3, args) is recorder.encoder
+    assert imbalance.train("SimCLR", images, sampler, 3, 0.1, "", args) is recorder.encoder
     assert weight == [torch.randn(1, generator=torch.Generator().manual_seed(3))]
     batches, weights = zip(*steps)
     assert [len(classes) for classes in batches] == [2] * 40
@@ -167,35 +168,70 @@ def test_training_has_the_classes_and_the_schedule_that_it_should(monkeypatch, c
     assert re.findall(r"\d/\d", capsys.readouterr().out) == ["1/4", "2/4", "3/4", "4/4"]
 
 
-def test_accumulated_steps_have_the_same_images_for_any_number_of_classes():
-    """Ten mini-batches of 20 per step, with 1, 2 or 10 classes: counted by hand."""
+def steps_of(classes, *options, epochs=(1, 2)):
+    """The mini-batches of these epochs, of 20 images each, and lists of those of each step."""
+    sampler, batches = imbalance.Steps(classes, 20, 10, *options, seed=4), []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        found = list(sampler)
+        assert len(found) == len(sampler)
+        batches += found
+    return batches, [sorted(sum(batches[i:i + 10], [])) for i in range(0, len(batches), 10)]
+
+
+def test_steps_have_the_same_images_for_any_number_of_classes_per_mini_batch():
+    """Ten mini-batches of 20 per step, with 1, 2 or 10 of 10 classes: counted by hand."""
     classes, steps = torch.randperm(600) % 10, {}
     for count in (1, 2, 10):
-        args = SimpleNamespace(batch_size=20, accumulate=10)
-        sampler = imbalance.make_sampler(classes, count, 4, args)
-        batches = []
-        for epoch in (1, 2):
-            sampler.set_epoch(epoch)
-            batches += list(sampler)
-        assert len(sampler) == 30 and len(batches) == 60
+        batches, steps[count] = steps_of(classes, count, 10)
+        assert len(batches) == 60
+        pairs = set()
         for batch in batches:
             of_each = classes[batch].bincount(minlength=10)
             assert of_each[of_each > 0].tolist() == [20 // count] * count
-        steps[count] = [sorted(sum(batches[i:i + 10], [])) for i in range(0, 60, 10)]
+            pairs.add(tuple(of_each.nonzero()[:, 0].tolist()))
+        # Of two classes per mini-batch, there are more pairs than five that stay the same.
+        assert len(pairs) == {1: 10, 10: 1}[count] if count != 2 else len(pairs) > 9
         assert all(classes[step].bincount().tolist() == [20] * 10 for step in steps[count])
         assert len(set(sum(steps[count][:3], []))) == 600  # an epoch has every image once
     assert steps[1] == steps[2] == steps[10] and steps[1][0] != steps[1][3]
 
 
-@pytest.mark.parametrize("batch_size, count, accumulate, message", [
-    (20, 3, 10, "3 classes per mini-batch do not divide 10 classes"),
-    (20, 1, 4, "multiple of 10, and"), (15, 1, 10, "--batch_size that is a multiple of 10$")])
-def test_steps_that_cannot_be_divided(batch_size, count, accumulate, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        imbalance.main(["--batch_size", str(batch_size), "--classes_per_batch", str(count),
-                        "--accumulate", str(accumulate), "--images", "600",
-                        "--out", str(tmp_path)])
+def test_steps_of_few_classes_and_of_some():
+    """With 2 classes per step all of its mini-batches have both. With 5, each has one of the 5."""
+    classes = torch.arange(2000) % 10
+    batches, steps = steps_of(classes, 2, 2, epochs=[1])
+    assert all(classes[batch].bincount()[classes[batch].unique()].tolist() == [10, 10]
+               for batch in batches)
+    assert all(len(classes[step].unique()) == 2 for step in steps) and len(steps) == 10
+    batches, steps = steps_of(classes, 1, 5, epochs=[1])
+    assert all(len(classes[batch].unique()) == 1 for batch in batches)
+    assert all(len(classes[step].unique()) == 5 for step in steps) and len(steps) == 10
+
+
+@pytest.mark.parametrize("arm, few, expected", [
+    ("all", None, (8, 8)), ("batch", 2, (2, 8)), ("step", 2, (2, 2))])
+def test_arms(arm, few, expected, monkeypatch):
+    images = imbalance.Images(None, None, {"font": torch.arange(64) % 8})
+    monkeypatch.setattr(imbalance, "Steps", lambda labels, size, accumulate, *counts: counts)
+    args = SimpleNamespace(grouped_by="font", classes_per_step=None, batch_size=16, accumulate=4)
+    assert imbalance.make_sampler(images, arm, few, 7, args) == (*expected, 7)
+    args.batch_size = 4  # At most as many classes as images
+    if arm == "all":
+        assert imbalance.make_sampler(images, arm, few, 7, args) == (4, 8, 7)
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--classes_per_batch 3", "3 of 8 classes per mini-batch need an --accumulate"),
+    ("--accumulate 4", "multiple of 8 / 1, and"),
+    ("--batch_size 20", "a --batch_size that is a multiple of 8$"),
+    ("--grouped_by color", "--grouped_by must be one of class, font, second"),
+    ("--few_in step", "512 images of 1 classes per batch do not fit classes of 64 to 64 images")])
+def test_steps_that_cannot_be_divided(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        imbalance.main([*options.split(), "--out", str(tmp_path)])
     assert re.search(message, capsys.readouterr().err.strip())
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_norm_is_measured_with_balanced_classes():
@@ -205,55 +241,59 @@ def test_batch_norm_is_measured_with_balanced_classes():
     """
     classes = torch.arange(200) % 2
     images = torch.randint(90, (200, 3, 32, 32)) + 120 * classes[:, None, None, None]
-    images = images.to(torch.uint8)
-    encoder, labels, found = imbalance.make_resnet(), {"class": classes}, []
-    test_images, test_labels = images[::2], {"class": classes[::2]}
+    views = imbalance.normalize_images(images.to(torch.uint8))
+    encoder, found = imbalance.make_resnet(), []
+    train, test = (imbalance.Images(None, lambda x=x: x, {"class": y})
+                   for x, y in ((views, classes), (views[::2], classes[::2])))
     for seen in (0, 1):
         for _ in range(25):
-            encoder.train()(imbalance.normalize_images(images[classes == seen]))
-        found.append(imbalance.measure(encoder, images, labels, test_images, test_labels))
+            encoder.train()(views[classes == seen])
+        found.append(imbalance.measure(encoder, train, test))
         statistics = encoder[1].running_mean
-        expected = encoder[0](imbalance.normalize_images(images)).mean(dim=(0, 2, 3))
+        expected = encoder[0](views).mean(dim=(0, 2, 3))
         torch.testing.assert_close(statistics, expected, rtol=1e-3, atol=1e-4)
-    assert found[0] == found[1] == {"knn": 1.0, "class": 1.0}
+    assert found[0] == found[1] == {"class_knn": 1.0, "class_probe": 1.0}
+
+
+def test_more_than_a_hundred_classes_have_no_probe():
+    x, classes = torch.randn(300, 3, 32, 32), torch.arange(300) % 101
+    images = imbalance.Images(None, lambda: x, {"class": classes, "color": classes % 5})
+    found = imbalance.measure(None, images, images)
+    assert found.keys() == {"class_knn", "color_knn", "color_probe"}
 
 
 def make_runs(accuracies):
-    """Runs from {method: (class with ten, and with two classes for each seed)}."""
-    return [{"seed": seed, "method": name, "classes_per_batch": count,
-             "results": {"class": value, "color": 0.5 + seed * (count == 2)}}
-            for name, seeds in accuracies.items() for seed, pair in enumerate(seeds)
-            for count, value in zip((10, 2), pair)]
+    """Runs from {method: {arm: (class for each seed)}}."""
+    return [{"seed": seed, "method": name, "arm": arm, "lr_scale": arm and 1.0,
+             "classes_per_batch": None if arm in (None, "all") else 1,
+             "results": {"class_knn": value, "font_knn": 0.5 + seed * (arm == "step")}}
+            for name, arms in accuracies.items() for arm, seeds in arms.items()
+            for seed, value in enumerate(seeds)]
 
 
-def test_drops_by_hand():
+def test_what_is_lost_by_hand():
     """Two seeds. SimCLR loses .3 and .1 of the class, MAE 0 and .1. MSN has learned nothing."""
-    runs = make_runs({"random ResNet": [(0.2, 0.2)] * 2, "random ViT/4": [(0.15, 0.15)] * 2,
-                      "SimCLR": [(0.8, 0.5), (0.6, 0.5)], "MSN": [(0.24, 0.0), (0.24, 0.0)],
-                      "MAE": [(0.5, 0.5), (0.5, 0.4)]})
-    learned = imbalance.add_drops(runs, 10)
-    assert learned == {"SimCLR", "MAE"}
-    of_groups = imbalance.group_drops(runs, learned)
+    runs = make_runs({
+        "random convolutions": {None: (0.2, 0.2)}, "random ViT": {None: (0.15, 0.15)},
+        "SimCLR": {"all": (0.8, 0.6), "batch": (0.5, 0.5), "step": (0.4, 0.6)},
+        "MSN": {"all": (0.24, 0.24), "batch": (0, 0)},
+        "MAE": {"all": (0.5, 0.5), "batch": (0.5, 0.4)}})
+    imbalance.add_losses(runs)
 
-    def drops(runs, name, task):
-        return [run["results"][f"drop_{task}"] for run in runs
-                if (run["method"], run["classes_per_batch"]) == (name, 2)]
+    def lost(method, arm, name):
+        return [run["results"][f"lost_{name}"] for run in runs
+                if (run["method"], run["arm"]) == (method, arm)]
 
-    assert drops(runs, "SimCLR", "class") == pytest.approx([0.3, 0.1])
-    assert drops(runs, "SimCLR", "color") == [0, -1]
-    assert all("drop_class" not in run["results"] for run in runs if run["classes_per_batch"] == 10)
-    # Over both seeds SimCLR gained .5, and MAE .35.
-    assert drops(runs, "SimCLR", "share") == pytest.approx([0.3 / 0.5, 0.1 / 0.5])
-    assert drops(runs, "MAE", "share") == pytest.approx([0, 0.1 / 0.35])
-    assert drops(of_groups, "with a volume term", "class") == pytest.approx([0.3, 0.1])
-    assert drops(of_groups, "difference", "class") == pytest.approx([0.3, 0.0])
-    assert drops(of_groups, "difference", "share") == pytest.approx([0.6, 0.2 - 0.1 / 0.35])
-    assert {run["classes_per_batch"] for run in of_groups} == {2}
-    # .51 is not .05 above a random ViT with .48, and nothing can be compared.
-    runs = make_runs({"random ResNet": [(0.1, 0.1)], "random ViT/4": [(0.48, 0.48)],
-                      "SimCLR": [(0.5, 0.4)], "MAE": [(0.51, 0.5)]})
-    of_groups = imbalance.group_drops(runs, imbalance.add_drops(runs, 10))
-    assert {run["method"] for run in of_groups} == {"with a volume term"}
+    assert lost("SimCLR", "batch", "class_knn") == pytest.approx([0.3, 0.1])
+    assert lost("SimCLR", "step", "class_knn") == pytest.approx([0.4, 0])
+    assert lost("SimCLR", "step", "font_knn") == [0, -1]
+    # Over both seeds SimCLR learned .5, and MAE .35.
+    assert lost("SimCLR", "batch", "share") == pytest.approx([0.3 / 0.5, 0.1 / 0.5])
+    assert lost("MAE", "batch", "share") == pytest.approx([0, 0.1 / 0.35])
+    assert all("lost_class_knn" not in run["results"] for run in runs
+               if run["arm"] in ("all", None))
+    assert lost("MSN", "batch", "class_knn") == pytest.approx([0.24, 0.24])
+    assert not any("lost_share" in run["results"] for run in runs if run["method"] == "MSN")
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -265,39 +305,35 @@ def test_quick_run_writes_everything(tmp_path, jobs_here, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"lock", "results.json", "imbalance.png"}
     content = json.loads((tmp_path / "results.json").read_text())
     runs = content["runs"]
-    assert [(run["method"], run["classes_per_batch"]) for run in runs if run["seed"] == 0] == [
-        *itertools.product(("SimCLR", "MAE"), (10, 1)),
-        *[(name, 10) for name in imbalance.UNTRAINED]]
-    assert content["config"]["rates"]["SimCLR"] == 4e-3 and len(content["config"]["rates"]) == 9
-    assert all(0 < value < 1 for run in runs for value in run["results"].values())
+    assert [(run["method"], run["arm"], run["classes_per_batch"]) for run in runs] == [
+        *((name, *arm) for name in ("SimCLR", "MAE") for arm in (("all", None), ("batch", 1))),
+        *[(name, None, None) for name in imbalance.UNTRAINED]]
+    assert content["config"]["rates"].keys() == imbalance.METHODS.keys()
+    assert all(0 <= value <= 1 for run in runs for value in run["results"].values())
     results = [run["results"] for run in runs]
-    assert results[0] != results[1] and results[2] != results[3]  # ten classes and one class
+    assert results[0] != results[1] and results[2] != results[3]  # all classes and one class
     # The numbers of raw pixels, by NumPy and scikit-learn
-    images, test_images = (imbalance.synthetic_images(100, seed) for seed in (0, 1))
-    x, test_x = (images_to_pixels(x.numpy() / 255) for x in (images, test_images))
+    train, test = imbalance.load_data("glyphs", "data", 512, False, 32)
+    torch.manual_seed(0)
+    x, test_x = (pixels(images.all_views().numpy()) for images in (train, test))
     cosines = unit(test_x) @ unit(x).T
     nearest = np.argsort(-cosines)[:, :20]
-    votes = np.zeros((100, 10))
-    for i in range(100):
-        np.add.at(votes[i], nearest[i] % 10, np.exp(cosines[i, nearest[i]] / 0.07))
-    assert results[-1]["knn"] == pytest.approx(
-        np.mean(votes.argmax(axis=1) == np.arange(100) % 10), abs=0.004)
+    classes, test_classes = (images.labels["class"].numpy() for images in (train, test))
+    votes = np.zeros((len(test_x), 32))
+    for i in range(len(test_x)):
+        np.add.at(votes[i], classes[nearest[i]], np.exp(cosines[i, nearest[i]] / 0.07))
+    assert results[-1]["class_knn"] == pytest.approx(
+        np.mean(votes.argmax(axis=1) == test_classes), abs=0.004)
     x, test_x = (x - x.mean(axis=0)) / x.std(axis=0), (test_x - x.mean(axis=0)) / x.std(axis=0)
-    values, test_values = (imbalance.low_level(x)["luminance"].numpy()
-                           for x in (images, test_images))
-    edges = np.quantile(values, (0.2, 0.4, 0.6, 0.8))
-    for task, labels, test_labels in (
-            ("class", np.arange(100) % 10, np.arange(100) % 10),
-            ("luminance", np.searchsorted(edges, values), np.searchsorted(edges, test_values))):
-        oracle = LogisticRegression(C=1e-3, max_iter=1000).fit(x, labels)
-        assert results[-1][task] == pytest.approx(oracle.score(test_x, test_labels), abs=0.011)
+    for name in train.labels:
+        oracle = LogisticRegression(C=1e-3, max_iter=1000).fit(x, train.labels[name].numpy())
+        assert results[-1][f"{name}_probe"] == pytest.approx(
+            oracle.score(test_x, test.labels[name].numpy()), abs=0.004)
 
 
-def images_to_pixels(images):
-    """Means over 4 x 4 pixels, normalized like all images: (N, 3, 32, 32) -> (N, 192)."""
-    mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD))
-    images = (images - mean) / std
-    return images.reshape(-1, 3, 8, 4, 8, 4).mean(axis=(3, 5)).reshape(len(images), -1)
+def pixels(images):
+    """Means over 4 x 4 pixels: (N, 1, 32, 32) -> (N, 64)."""
+    return images.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)).reshape(len(images), -1)
 
 
 def unit(x):
@@ -305,16 +341,16 @@ def unit(x):
 
 
 def test_a_loss_that_is_not_finite_is_one_clear_line(tmp_path, jobs_here, monkeypatch, capsys):
-    def make():
+    def make(data):
         method = torch.nn.Module()
         method.encoder = torch.nn.Linear(1, 1)
         method.forward = lambda views: (method.encoder.weight.sum() * math.inf, {})
         return method
-    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, 0.01, {}, "random ResNet"))
+    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, (1, 1), {}, None))
     with pytest.raises(SystemExit, match="^2$"):
         imbalance.main(["--quick", "--out", str(tmp_path)])
     _, line = capsys.readouterr().err.split("error: ", 1)
-    assert line == "the loss of SimCLR is not finite in epoch 1: try a lower --lr\n"
+    assert line == "the loss of SimCLR is not finite in epoch 1: try a lower --lr_scale\n"
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
@@ -332,16 +368,18 @@ def test_training_equals_a_plain_loop(accumulate, monkeypatch):
         loss, terms = pmsn.simclr_loss(first, second, temperature=0.2)
         return 1000 * loss, terms
 
-    def make():
-        return imbalance.TwoViews(loss_of, norms=(imbalance.group_norm, imbalance.group_norm))
-    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, 0.01, {}, "random ResNet"))
+    def make(data):
+        encoder = imbalance.convolutions(data, imbalance.group_norm)
+        return imbalance.TwoViews(encoder, loss_of, norm=imbalance.group_norm)
+    monkeypatch.setitem(imbalance.METHODS, "SimCLR", (make, None, {}, None))
     images = torch.randint(256, (40 * accumulate, 3, 32, 32), dtype=torch.uint8)
     classes = torch.arange(len(images)) % 4
-    args = SimpleNamespace(epochs=2, lr=0.02, accumulate=accumulate)
+    args = SimpleNamespace(epochs=2, accumulate=accumulate, data="CIFAR10")
     sampler = pmsn.ClassBatchSampler(classes, 20, 2, seed=4)
-    encoder = imbalance.train("SimCLR", images, sampler, 3, args)
+    dataset, _ = imbalance.photographs(images, 4)
+    encoder = imbalance.train("SimCLR", dataset, sampler, 3, 0.02, "", args)
     torch.manual_seed(3)
-    twin = make().to(memory_format=torch.channels_last)
+    twin = make("CIFAR10").to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(twin.parameters(), weight_decay=0.05)
     for step in range(4):
         if step % 2 == 0:
@@ -352,9 +390,9 @@ def test_training_equals_a_plain_loop(accumulate, monkeypatch):
         losses = []
         for _ in range(accumulate):
             batch = images[next(batches)]
-            crops = [imbalance.random_crops(batch)[:, None] for _ in range(2)]
             # In this order and memory format rounding is the same. Adam enlarges its differences.
-            views = torch.cat(pmsn.make_views(crops, blur_p=0.0))
+            views = torch.cat([pmsn.make_views([imbalance.random_crops(batch)[:, None]],
+                                               blur_p=0.0)[0] for _ in range(2)])
             first, second = twin.head(twin.encoder(views)).chunk(2)
             losses.append(loss_of(first, second)[0])
         torch.stack(losses).mean().backward()
@@ -374,9 +412,9 @@ def test_msn_is_tested_with_its_target_and_pmsn_has_any_order(name, any_order, m
         seen.append((self, options))
         return self.prototypes.sum(), {}
     monkeypatch.setattr(pmsn.PMSN, "forward", loss)
-    images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
-    args = SimpleNamespace(epochs=1, lr=0.1, accumulate=1)
+    images = imbalance.Images(lambda index: torch.zeros(len(index), 1, 32, 32), None, None)
+    args = SimpleNamespace(epochs=1, accumulate=1, data="glyphs")
     sampler = pmsn.ClassBatchSampler(torch.arange(20) % 2, 10, 2)
-    encoder = imbalance.train(name, images, sampler, 0, args)
+    encoder = imbalance.train(name, images, sampler, 0, 0.1, "", args)
     model, options = seen[-1]
     assert encoder is model.target_encoder and options.get("any_order", False) == any_order

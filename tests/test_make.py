@@ -218,24 +218,26 @@ def test_tables_of_which_feature(monkeypatch):
         "0.250 ± 0.000 |")
 
 
-def test_drops_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
-    """One seed, by hand: SimCLR loses .1 and .3 of .4, MAE nothing and .1 of .2."""
-    accuracies = {"SimCLR": {10: 0.6, 2: 0.5, 1: 0.3}, "MAE": {10: 0.4, 2: 0.4, 1: 0.3},
-                  "random ResNet": {10: 0.2}, "random ViT/4": {10: 0.2}}
-    tasks = ("class", "knn", "luminance", "color", "orientation")
-    runs = [{"seed": 0, "method": name, "classes_per_batch": count,
-             "results": dict.fromkeys(tasks, value)}
-            for name, of_counts in accuracies.items() for count, value in of_counts.items()]
+def test_losses_of_class_imbalanced_mini_batches_are_in_one_row_per_method(monkeypatch):
+    """One seed, by hand: SimCLR loses .1, .3 and .2 of .4, MAE nothing, nothing and .1 of .2."""
+    accuracies = {"SimCLR": {("all", None): 0.6, ("batch", 2): 0.5, ("batch", 1): 0.3,
+                             ("step", 1): 0.4},
+                  "MAE": {("all", None): 0.4, ("batch", 2): 0.4, ("batch", 1): 0.4,
+                          ("step", 1): 0.3},
+                  "random convolutions": {(None, None): 0.2}, "random ViT": {(None, None): 0.2}}
+    runs = [{"seed": 0, "method": name, "arm": arm, "classes_per_batch": count,
+             "lr_scale": None if arm is None else scale,
+             "results": {"class_knn": value + (0 if scale == 1 else 0.1), "class_probe": value,
+                         "color_probe": 1 - value}}
+            for name, of_arms in accuracies.items() for (arm, count), value in of_arms.items()
+            for scale in ((1, 2) if arm else (1,))]
     monkeypatch.setattr(make, "load", lambda name: {"runs": runs})
-    groups = ["with a volume term", "without a volume term", "difference"]
-    table = make.imbalanced(["any"], [*accuracies, *groups], two_classes=True)
-    rows = [[cell.split(" ±")[0] for cell in line.strip("| ").split(" | ")]
-            for line in table.splitlines()[2:]]
-    assert [row[:6] for row in rows] == [
-        ["SimCLR", "0.600", "0.100", "0.300", "0.750", "0.300"],
-        ["MAE", "0.400", "0.000", "0.100", "0.500", "0.100"],
-        ["random ResNet", "0.200", "-", "-", "-", "-"],
-        ["random ViT/4", "0.200", "-", "-", "-", "-"],
-        ["with a volume term", "-", "0.100", "0.300", "0.750", "0.300"],
-        ["without a volume term", "-", "0.000", "0.100", "0.500", "0.100"],
-        ["difference", "-", "0.100", "0.200", "0.250", "0.200"]]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in
+                      make.imbalanced(["any"], [*accuracies]).splitlines()]
+    assert head == ["class", "lost, few in batch: 2", "lost, few in batch: 1",
+                    "lost, few in step: 1", "class, k-NN", "color", "share of what was learned"]
+    assert rows == [
+        ["SimCLR", "0.600", "0.100", "0.300", "0.200", "0.300", "-0.300", "0.750"],
+        ["MAE", "0.400", "0.000", "0.000", "0.100", "0.000", "0.000", "0.000"],
+        ["random convolutions", "0.200", "-", "-", "-", "-", "-", "-"],
+        ["random ViT", "0.200", "-", "-", "-", "-", "-", "-"]]

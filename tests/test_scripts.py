@@ -208,9 +208,8 @@ def test_help_works_from_any_folder_without_data(tmp_path):
     (which_prior, "--contrasts .7 .70", "--contrasts: 0.7 is given twice"),
     (which_prior, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
     (imbalance, "--data /nowhere", "No such file or directory: '/nowhere/train'"),
-    (imbalance, "--images 100", "--images, --batch_size or --accumulate: 25 images of"),
-    (imbalance, "--images 4000", "4000 images give [16, 10] mini-batches of [10, 1] classes"),
-    (imbalance, "--classes_per_batch 10", "must be other than all 10 classes"),
+    (imbalance, "--images 10000", "--images, --batch_size or --accumulate: 64 images of 8 classes"),
+    (imbalance, "--classes_per_batch 8", "must be fewer than all, which are 8"),
     (rcdm, "--models no", "no/results.json"),
     (transfer, "--encoder random --task folder", "one --data per --task"),
     (transfer, "--encoder random --task folder folder --data x x", "is given twice"),
@@ -244,10 +243,9 @@ def rcdm_runs(seed, exponent, args):
     return [{"seed": seed, "exponent": exponent, "results": {"loss": 0.5}}]
 
 
-def imbalance_runs(seed, name, classes_per_batch, args):
-    tasks = ("knn", "class", "luminance", "color", "orientation")
-    return [{"seed": seed, "method": name, "classes_per_batch": classes_per_batch,
-             "results": dict.fromkeys(tasks, 0.5)}]
+def imbalance_runs(seed, name, arm, classes_per_batch, lr_scale, args):
+    return [{"seed": seed, "method": name, "arm": arm, "classes_per_batch": classes_per_batch,
+             "lr_scale": lr_scale, "results": dict.fromkeys(("class_knn", "font_knn"), 0.5)}]
 
 
 def which_prior_runs(setting, seed, data_exponent, contrast, args):
@@ -266,7 +264,7 @@ EXPERIMENTS = {
     mnist_corner: ("results.json", {"plot_neighbors": "neighbors.png",
                                     "plot_preference": "preference.png"}, 2, corner_runs),
     rcdm: ("rcdm.json", {"plot_prototypes": "rcdm.png"}, 2, rcdm_runs),
-    imbalance: ("results.json", {"plot": "imbalance.png"}, 8, imbalance_runs),
+    imbalance: ("results.json", {"plot": "imbalance.png"}, 7, imbalance_runs),
     which_prior: ("which_prior.json", {"plot": "which_prior.png"}, 1, which_prior_runs),
     which_feature: ("which_feature.json", {"plot": "which_feature.png"}, 2, which_feature_runs)}
 
@@ -329,7 +327,7 @@ def test_a_killed_experiment_continues_where_it_was(script, tmp_path):
     start(script, tmp_path, "0", "1")
     assert calls(tmp_path)[2 * per_seed:] == calls(tmp_path)[2 * per_seed - 1 : 2 * per_seed]
     start(script, tmp_path, "0", "1", "2")
-    last = [json.loads(job.replace("'", '"')) for job in calls(tmp_path)[2 * per_seed + 1:]]
+    last = [ast.literal_eval(job) for job in calls(tmp_path)[2 * per_seed + 1:]]
     assert len(last) == per_seed and all(2 in job[:2] for job in last)
     assert len({tuple(run["job"]) for run in runs_in_file(script, tmp_path)}) == 3 * per_seed
     assert {path.name for path in tmp_path.glob("*.png")} == set(plots.values())
