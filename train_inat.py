@@ -468,8 +468,8 @@ def parse(argv):
         help="number of prototypes, 1024 (--quick: 16) if it is not given; not for --prior classes")
     add("--sinkhorn_iterations", type=number(int, 0, 1000), default=0, help="see pmsn.sinkhorn")
     add("--relative_sharpening", action=argparse.BooleanOptionalAction, default=True,
-        help="pmsn.sharpen_relative. --no-relative_sharpening is the paper's loss, which was worse "
-             "with exponent .25 (extras/README.md)")
+        help="pmsn.sharpen_relative, never clearly worse than the paper's loss in our experiments "
+             "(extras/README.md), which is --no-relative_sharpening")
     add("--any_order", action="store_true", help="the prior in any order: pmsn.in_order_of")
     add("--long_tail", type=number(float, 0, 10),
         help="drop images, so that classes have the frequencies k^-LONG_TAIL")

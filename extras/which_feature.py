@@ -27,9 +27,10 @@ see what a loss prefers, we search as in the corner experiment (support/heads.py
    which of the two does k-NN find in its embeddings, with balanced labels?
 
 Information is at most the entropy of the prototypes, which is 2.08 nats under the uniform prior and
-1.67 under exponent 1.25. So the difference between class and background tells more than one of
-them. The exponent 1.25 also gets relative sharpening (pmsn.sharpen_relative), because with a steep
-prior the paper's sharpening favors the largest shares. Settings were chosen with other seeds.
+1.67 under exponent 1.25, if they are met. So the difference between class and background tells more
+than one of them. The exponent 1.25 also gets relative sharpening (pmsn.sharpen_relative), because
+with a steep prior the paper's sharpening favors the largest shares. Settings were chosen with other
+seeds, but for the exponent of the classes (extras/README.md).
 
 --out gets which_feature.json and which_feature.png.
 """

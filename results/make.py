@@ -393,8 +393,8 @@ def settings(name):
             with_interval([b - a for a, b in zip(*of_arm.values())]),
             *(f"{share:.2f}" for share in shares), f"{uniform['prototypes_per_view']['mean']:.1f}"])
     return markdown(["setting", "untrained", "supervised", "uniform prior", "gain of .25, plain",
-                     "gain of .25, relative", "relative minus plain", "prior met: uniform",
-                     ".25, plain", ".25, relative", "prototypes per view (uniform)"], rows)
+                     "gain of .25, relative", "relative minus plain",
+                     "share of the prior's effective prototypes: uniform", ".25, plain", ".25, relative", "prototypes per view (uniform)"], rows)
 
 
 def feature_runs(name):

@@ -1,6 +1,6 @@
 """Images of 32 x 32 pixels with one or two glyphs: many classes, and a feature that competes.
 
-Used by which_prior.py and which_feature.py.
+Used by which_prior.py, which_feature.py and imbalance.py.
 """
 
 import torch
