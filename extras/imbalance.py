@@ -17,7 +17,7 @@ here, and there are three trainings with the same steps, images and start weight
 What "few in batch" loses is lost by what a mini-batch computes together: the volume term, and
 BatchNorm. (MAE has neither, so it shows how large random differences are.)
 
-    python extras/imbalance.py                    # drawn glyphs, 15 minutes
+    python extras/imbalance.py                    # drawn glyphs, 7 minutes
     python extras/imbalance.py --data CIFAR10     # photographs, half an hour
     python extras/imbalance.py --quick            # a short run from end to end
 

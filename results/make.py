@@ -38,6 +38,7 @@ FIGURES = {
     "settings": {"settings.png": "settings.png"},
     "glyphs": {"which_prior.png": "glyphs.png"},
     "which_feature": {"which_feature.png": "which_feature.png"},
+    "imbalance_glyphs": {"imbalance.png": "imbalance_glyphs.png"},
     "imbalance_cifar10": {"imbalance.png": "imbalance_cifar10.png"},
 }
 
@@ -394,7 +395,8 @@ def settings(name):
             *(f"{share:.2f}" for share in shares), f"{uniform['prototypes_per_view']['mean']:.1f}"])
     return markdown(["setting", "untrained", "supervised", "uniform prior", "gain of .25, plain",
                      "gain of .25, relative", "relative minus plain",
-                     "share of the prior's effective prototypes: uniform", ".25, plain", ".25, relative", "prototypes per view (uniform)"], rows)
+                     "share of the prior's effective prototypes: uniform", ".25, plain",
+                     ".25, relative", "prototypes per view (uniform)"], rows)
 
 
 def feature_runs(name):
@@ -527,6 +529,9 @@ TABLES = {
     "glyphs_two": (glyphs_with_backgrounds, ["glyphs_two"]),
     "which_feature": (features, ["which_feature"]),
     "which_feature_losses": (feature_losses, ["which_feature"]),
+    "imbalance_glyphs": (
+        lambda *names: imbalanced(names, ["SimCLR", "VICReg", "SwAV", "MSN", FLOORS[0], FLOORS[2]]),
+        ["imbalance_glyphs"]),
     "imbalance_cifar10": (
         lambda *names: imbalanced(names, ["SimCLR", "VICReg", "SwAV", "MSN", "MAE", *FLOORS]),
         ["imbalance_cifar10"]),
