@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 import imbalance
 import mnist_corner
+import pmsn
 import which_prior
 from support import photographs
 
@@ -27,9 +28,15 @@ def backgrounds(folder):
     args = SimpleNamespace(mnist=True, root="", backgrounds=str(folder / "train"))
     return mnist_corner.load_backgrounds(args)
 
+def of_imbalance(folder, part):
+    images = imbalance.load_data(str(folder), "", 60, False, None)[part].all_views()
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pmsn.IMAGENET_MEAN, pmsn.IMAGENET_STD))
+    return 255 * (images * std + mean)
+
+
 READERS = {  # a folder with ten classes in train and in test -> images (N, C, 32, 32)
-    "imbalance.py": lambda folder: imbalance.load_data(str(folder), "", 60)[0],
-    "imbalance.py, test": lambda folder: imbalance.load_data(str(folder), "", 60)[2],
+    "imbalance.py": lambda folder: of_imbalance(folder, 0),
+    "imbalance.py, test": lambda folder: of_imbalance(folder, 1),
     "which_prior.py": lambda folder: which_prior.load_photographs(str(folder), "")[0],
     "which_prior.py, test": lambda folder: which_prior.load_photographs(str(folder), "")[1],
     "mnist_corner.py": backgrounds}
