@@ -83,7 +83,7 @@ KIND = ("method", "arm", "classes_per_batch", "lr_scale")  # what runs of differ
 @dataclass
 class Images:
     views: Callable  # a random view of the images with these numbers, (B,) -> (B, C, 32, 32)
-    all_views: Callable  # () -> one view of each image, (N, C, 32, 32)
+    all_views: Callable  # () -> one view of each image, (N, C, 32, 32), made by the first call
     labels: dict  # {property: (N,)}, the class first
 
 
@@ -100,7 +100,7 @@ def photographs(images, num_classes, edges=None):
     def views(index):  # random crops in random colors. 32 pixels are too few to blur.
         return pmsn.make_views([random_crops(images[index])[:, None]], blur_p=0.0)[0]
 
-    return Images(views, lambda: normalize_images(images), labels), edges
+    return Images(views, functools.cache(lambda: normalize_images(images)), labels), edges
 
 
 def low_level(images):
@@ -131,7 +131,7 @@ def glyph_images(num_classes, count, seed):
     data.labels = torch.arange(count) % num_classes
     data.glyph_index = font * num_classes + data.labels
     labels = {"class": data.labels, "font": font, "second": data.backgrounds}
-    return Images(data.views, data.all_views, labels)
+    return Images(data.views, functools.cache(data.all_views), labels)
 
 
 @functools.cache  # A process loads the images once, for all of its runs.

@@ -195,7 +195,6 @@ def rcdm(name):
                     [[title, *(cell(row, measure) for row in summary.values())]
                      for measure, title in measures.items()])
 
-PRIOR_NAMES = {None: "", 0.0: "uniform"}
 LOSS_NAMES = {"random": "untrained encoder", "plain": "PMSN", "relative": "relative sharpening",
               "any_order": "any order", "Sinkhorn": "Sinkhorn",
               "both": "relative sharpening, Sinkhorn", "supervised": "supervised",
@@ -224,7 +223,7 @@ def rows_of(name, columns, losses, contrast=0.0):
             results["loss"] = results["cross_entropy"] + results["prior_kl"]
     for loss in losses:
         for exponent, row in by_exponent(runs, 1.0, contrast, loss):
-            prior = PRIOR_NAMES.get(exponent, f"exponent {exponent}")
+            prior = prior_name(exponent)
             rows.append([LOSS_NAMES.get(loss, loss), prior,
                          *(cell(row, column) for column in columns)])
     return rows
@@ -299,8 +298,7 @@ def glyphs(name):
     long_tailed, balanced = (
         [run for run in runs if run["data_exponent"] == exponent] for exponent in (1.0, 0.0))
     for title, of_data in (("long-tailed", long_tailed), ("balanced", balanced)):
-        for exponent, loss in [(None, "random"), *which_prior.arms_of(of_data),
-                               (None, "supervised")]:
+        for exponent, loss in bounds_and_arms(of_data):
             row = row_of(of_data, exponent, loss)
             cells = [cell(row, column, "interval") for column in columns]
             if exponent is None:
@@ -309,10 +307,8 @@ def glyphs(name):
                 cells += [gain(of_data, "default", exponent, loss, column) for column in columns]
                 cells.append(interaction(long_tailed, balanced, exponent, loss)
                              if of_data is long_tailed else "")
-                cells += [f"{row['prototypes_of_all_images']['mean']:.1f} of "
-                          f"{row['prototypes_of_prior']['mean']:.1f}", which_prior.met(row)]
-            rows.append([title, LOSS_NAMES[loss],
-                         PRIOR_NAMES.get(exponent, f"exponent {exponent}"), *cells])
+                cells += [used_prototypes(row), which_prior.met(row)]
+            rows.append([title, LOSS_NAMES[loss], prior_name(exponent), *cells])
     return markdown(["images", "", "prior", *columns.values(), "gain of k-NN", "of the probe",
                      "gain of k-NN, minus that on balanced images", "effective prototypes",
                      "prior met"], rows)
@@ -332,7 +328,7 @@ def glyphs_groups(name):
     runs = [run for run in load(name)["runs"] if run["data_exponent"] == 1]
     names = [f"{kind}_{group}" for kind in ("balanced_knn", "knn")
              for group in ("head", "middle", "tail")]
-    rows = [[LOSS_NAMES[loss], PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
+    rows = [[LOSS_NAMES[loss], prior_name(exponent),
              *(gain(runs, "default", exponent, loss, column) for column in names),
              cell(row_of(runs, exponent, loss), "class_information", "interval")]
             for exponent, loss in which_prior.arms_of(runs)]
@@ -348,13 +344,28 @@ def glyphs_with_backgrounds(name):
                "class_information": "information on the class (nats)",
                "background_information": "on the second glyph"}
     rows = []
-    for exponent, loss in [(None, "random"), *which_prior.arms_of(runs), (None, "supervised")]:
+    for exponent, loss in bounds_and_arms(runs):
         row = row_of(runs, exponent, loss)
-        rows.append([LOSS_NAMES[loss], PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
+        rows.append([LOSS_NAMES[loss], prior_name(exponent),
                      *(cell(row, column, "interval") for column in columns),
                      "" if exponent is None else gain(runs, "default", exponent, loss,
                                                       "balanced_knn"), which_prior.met(row)])
     return markdown(["", "prior", *columns.values(), "gain of k-NN, class", "prior met"], rows)
+
+
+def prior_name(exponent):
+    return {None: "", 0.0: "uniform"}.get(exponent, f"exponent {exponent}")
+
+
+def bounds_and_arms(runs):
+    """The arms of `which_prior.arms_of`, between the untrained and the supervised encoder."""
+    return [(None, "random"), *which_prior.arms_of(runs), (None, "supervised")]
+
+
+def used_prototypes(row):
+    """A cell: the effective prototypes of all images, and those of the prior."""
+    return (f"{row['prototypes_of_all_images']['mean']:.1f} of "
+            f"{row['prototypes_of_prior']['mean']:.1f}")
 
 
 def row_of(runs, exponent, loss):
@@ -416,12 +427,9 @@ def features(name):
             more = sum(results["class"] > results["background"] for results in known
                        if "class" in results)
             cells = [cell(row, column, "interval") for column in columns]
-            cells += ([f"{more} of {len(known)}",
-                       f"{row['prototypes_of_all_images']['mean']:.1f} of "
-                       f"{row['prototypes_of_prior']['mean']:.1f}"] if exponent is not None
-                      else ["", ""])
-            rows.append([title, LOSS_NAMES[loss], PRIOR_NAMES.get(exponent, f"exponent {exponent}"),
-                         *cells])
+            cells += ["", ""] if exponent is None else [f"{more} of {len(known)}",
+                                                        used_prototypes(row)]
+            rows.append([title, LOSS_NAMES[loss], prior_name(exponent), *cells])
     for loss in ("plain", "relative"):
         of_data = {column: which_feature.gains(runs, column, loss) for column in columns}
         gained = [{column: per_seed[data] for column, per_seed in of_data.items()}
@@ -448,7 +456,7 @@ def feature_losses(name):
             heads = row_of([run for run in feature_runs(name)
                             if run["data_exponent"] == kind[0]], kind[1], "plain")
             rows.append([which_feature.DATA_EXPONENTS[kind[0]],
-                         PRIOR_NAMES.get(kind[1], f"exponent {kind[1]}"),
+                         prior_name(kind[1]),
                          *(f"{row['results'][feature]:.3f}" for feature in which_feature.FEATURES),
                          *(cell(heads, column, "interval") for column in (
                              "best_class_loss", "best_background_loss", "share_of_class_heads"))])

@@ -1,7 +1,8 @@
 """Images of 32 x 32 pixels that we draw: digits, gratings. And a small encoder for them.
 
 Everything is gray, (N, 1, h, w) with 1 for white. Each view of an image is randomly deformed, by
-`digit_view` and `background_view`. Used by mnist_corner.py, which_prior.py, imbalance.py and rcdm.py.
+`digit_view` and `background_view`. Used by mnist_corner.py, which_prior.py, imbalance.py and
+rcdm.py.
 """
 
 import itertools
